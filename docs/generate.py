@@ -269,6 +269,7 @@ def python_api() -> str:
     for member in (api.build, api.load, api.BuiltArchive, api.LoadedArchive):
         parts += _member(f"traceserve.{member.__name__}", member)
     parts += _member("LoadedArchive()", api.LoadedArchive.__call__)
+    parts += _member("LoadedArchive.explain", api.LoadedArchive.explain)
     return _page(parts)
 
 

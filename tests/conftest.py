@@ -6,7 +6,7 @@ import gc
 import os
 import signal
 from pathlib import Path
-from typing import Any, Callable, Dict, Iterator, List, Set, Tuple
+from typing import Any, Callable, Dict, Iterator, List, Optional, Set, Tuple
 
 import pytest
 
@@ -20,10 +20,11 @@ if "PYTEST_XDIST_WORKER_COUNT" in os.environ:  # parallel tests share the cores
 import models  # after the environment
 from traceserve.archives.archive import pack_archive
 from traceserve.building.config.parsing import LoadedConfig, parse_config
-from traceserve.building.export import export
+from traceserve.building.export import Shared, export
 from traceserve.building.exported import Exported
 from traceserve.building.gate import verification
 from traceserve.building.gate.texts import SENTENCES, TEXTS
+from traceserve.building.gate_options import GateOptions
 from traceserve_runtime import processor
 from traceserve_runtime.engine import Engine, Work
 from traceserve_runtime.runner import Arrays, Padding
@@ -107,7 +108,13 @@ def nothing(what: str, done: int, total: int) -> None:
 
 
 def run_export(
-    folder: Path, content: Dict[str, Any], all_texts: bool = False, gradients: bool = False, **options: Any
+    folder: Path,
+    content: Dict[str, Any],
+    all_texts: bool = False,
+    gradients: bool = False,
+    samples_file: Optional[Path] = None,
+    allow_drift: bool = False,
+    shared: Optional[Shared] = None,
 ) -> Exported:
     """Export a configuration's content into `folder`, by default in float32. The gate, which has tests of its own, compares
     few texts, unless the test has chosen others; and graphs of gradients, which have theirs, are a third of a tiny build."""
@@ -117,7 +124,8 @@ def run_export(
     with pytest.MonkeyPatch.context() as patch:
         if verification.TEXTS is TEXTS and not all_texts:
             patch.setattr(verification, "TEXTS", FEW_TEXTS)
-        return export(LoadedConfig(config, ROOT, notes), folder.name, folder, nothing, **options)
+        gate = GateOptions(samples_file, allow_drift)
+        return export(LoadedConfig(config, ROOT, notes), folder.name, folder, nothing, gate, shared)
 
 
 def reread(module: Any, folder: Path) -> Any:

@@ -33,7 +33,7 @@ from traceserve.building.gate.golden import GOLDEN_FILE, GoldenSample, GoldenSet
 from traceserve.building.gate.reference import Reference
 from traceserve.building.writers.lowering import int8 as lowering
 from traceserve.building.writers.openvino import int8_weights
-from traceserve.building.writers.openvino.int8 import quantizer
+from traceserve.building.writers.openvino.quantizer import quantizer
 from traceserve.checking.proof import Proof
 from traceserve.checking.verifying import VerifiedSample, _by_own_texts, _differences
 from traceserve.errors import ExportError

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import gc
+import os
+import random
 import re
 import subprocess
 import sys
@@ -10,9 +12,13 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Callable, Dict, List
 
+import numpy as np
 import pytest
+import torch
 import traceserve
+from traceserve.checking.explaining import explain_archive
 from traceserve.errors import ConfigError, ExportError
+from traceserve_runtime.engine import Engine
 from traceserve_runtime.errors import InputTooLong, InvalidRequest, MissingPackage, TraceserveError
 
 Make = Callable[..., Path]
@@ -69,10 +75,68 @@ def test_a_wrong_input_says_what_is_wrong(archive: traceserve.BuiltArchive) -> N
         model("red " * 100_000)
 
 
+def test_it_explains_as_a_server(archive: traceserve.BuiltArchive) -> None:
+    model = traceserve.load(archive)
+    one = model.explain("A red flower.", label="green", steps=4)
+    assert one["target"] == {"label": "green"} and [word["word"] for word in one["words"]][:2] == ["A", "red"]
+    assert one == explain_archive(
+        archive.path, {"inputs": "A red flower.", "parameters": {"label": "green", "steps": 4}}
+    )
+    assert len(model.explain(["A red flower.", {"text": "A green leaf."}], steps=2)) == 2
+    with pytest.raises(InvalidRequest, match="no such label"):
+        model.explain("A red flower.", label="grey")
+
+
+def test_threads_are_chosen(archive: traceserve.BuiltArchive, monkeypatch: pytest.MonkeyPatch) -> None:
+    given: List[Any] = []
+    own = Engine.load
+
+    def load(folder: Path, device: str, settings: Any) -> Engine:
+        given.append(settings.threads)
+        return own(folder, device)
+
+    monkeypatch.setattr(Engine, "load", load)
+    traceserve.load(archive)
+    traceserve.load(archive, threads=2)
+    assert given == [None, 2]
+    for wrong in (0, -1, True, "2"):
+        with pytest.raises(ConfigError, match="^threads is .*; it should be 1 or more"):
+            traceserve.load(archive, threads=wrong)  # type: ignore[arg-type]
+
+
+def test_documented_errors_are_exported() -> None:
+    assert dir(traceserve) == sorted(traceserve.__all__)
+    assert all(getattr(traceserve, name) for name in traceserve.__all__)
+    assert traceserve.TraceserveError is TraceserveError and traceserve.ConfigError is ConfigError
+    assert issubclass(traceserve.SignatureError, traceserve.ArchiveError)
+
+
 def test_only_given_samples_can_be_kept(checkpoint: Make, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="there are none"):
+    with pytest.raises(ConfigError, match="^keep_samples=True keeps the samples of samples, and there is none"):
         traceserve.build(str(checkpoint("bert")), store=tmp_path, output=tmp_path / "x", keep_samples=True)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_build_leaves_the_callers_random_numbers_and_environment(
+    checkpoint: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("TOKENIZERS_PARALLELISM", raising=False)
+
+    def drawn() -> List[float]:
+        return [random.random(), float(np.random.rand()), float(torch.rand(()))]
+
+    def seed() -> None:
+        random.seed(7)
+        np.random.seed(7)
+        torch.manual_seed(7)
+
+    seed()
+    expected = drawn()
+    seed()
+    name = str(checkpoint("bert"))
+    traceserve.build(name, task="text-classification", max_length=32, output=tmp_path / "x", store=tmp_path)
+    assert drawn() == expected
+    assert "TOKENIZERS_PARALLELISM" not in os.environ
 
 
 def test_nothing_stays_of_what_was_unpacked(

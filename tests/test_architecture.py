@@ -23,7 +23,7 @@ from traceserve.building.writers import WRITERS
 from traceserve.building.writers.lowering.precision import PRECISIONS, ROUNDED
 from traceserve.building.writers.neuron.compilers import COMPILERS
 from traceserve.building.writers.onnx.optimization import LEVELS
-from traceserve.building.writers.tracing.loops import GRAPHS
+from traceserve.building.writers.tracing.loops import LOOP_GRAPHS
 from traceserve_runtime.generation.steps import FEEDS
 from traceserve_runtime.runtimes import RUNTIMES
 from traceserve_runtime.runtimes.torchscript.neuron import CHIPS
@@ -182,7 +182,7 @@ BUILDER_FLOORS: Sequence[Set[str]] = (
 )
 # Possibilities (`config`) are separate from implementations; writers and the gate do not know each other.
 BUILDING_FLOORS: Sequence[Set[str]] = (
-    {"config", "progress", "samples"},
+    {"config", "gate_options", "progress", "samples"},
     {"checkpoints"},
     {"writers", "gate", "speeds", "products"},
     {"artifact", "exported", "explaining"},
@@ -391,7 +391,13 @@ def test_what_can_be_is_what_is_done() -> None:
     assert set(DTYPES) == set(PRECISIONS)
     assert set(LIBRARIES) == set(LOADERS)
     assert set(FIXED_SHAPES) == set(COMPILERS) == set(CHIPS)
-    assert set(LOOPS) == set(GRAPHS) == set(FORCED) == set(FEEDS) == {task.loop for task in TASKS.values() if task.loop}
+    assert (
+        set(LOOPS)
+        == set(LOOP_GRAPHS)
+        == set(FORCED)
+        == set(FEEDS)
+        == {task.loop for task in TASKS.values() if task.loop}
+    )
     assert set(OPTIMIZATIONS) == set(LEVELS)
     for kind in SAVE_MODES.values():
         assert (

@@ -27,6 +27,7 @@ from traceserve_runtime import settings
 from traceserve_runtime.batching.batches import Stats
 from traceserve_runtime.engine import NO_GRADIENTS, Engine, Work
 from traceserve_runtime.errors import OutOfTime
+from traceserve_runtime.explaining import integrated_gradients
 from traceserve_runtime.explaining.integrated_gradients import completeness_error, rule
 from traceserve_runtime.explaining.occlusion import grouped
 from traceserve_runtime.explaining.pacing import Pacing
@@ -323,6 +324,26 @@ def test_graphs_that_give_other_outputs_are_refused(
     assert "gives other outputs: logits" in exported.manifest.runtime[NO_GRADIENTS]
     assert not (tmp_path / "x" / GRADIENTS_FILE).exists() and not (tmp_path / "x" / PLACES_FILE).exists()
     assert gate.differs(other) is None
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 4, 5, 9])
+def test_the_shortest_and_the_longest_text_are_compared(
+    count: int, make: Callable[..., Made], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compared: List[int] = []
+
+    def repeated(inputs: Any, times: int) -> Any:
+        compared.append(inputs["input_ids"].shape[1])
+        return integrated_gradients.repeated(inputs, times)
+
+    folder, texts = make("classification").folder, ["red " * (1 + number) for number in range(count)]
+    monkeypatch.setattr(gate, "repeated", repeated)
+    monkeypatch.setattr(gate, "TEXTS", texts)
+    assert gate.differs(folder) is None
+    task: Any = Engine.load(folder).task
+    lengths = [row.length for each in task.encode(task.from_texts(texts)) for row in each.rows]
+    assert compared == sorted(set(compared)) and len(compared) == min(len(set(lengths)), 5)
+    assert (compared[0], compared[-1]) == (min(lengths), max(lengths))
 
 
 def test_an_answer_that_the_graphs_do_not_give_is_not_explained_by_them(make: Callable[..., Made]) -> None:

@@ -158,6 +158,8 @@ def test_a_bomb_is_refused_before_it_grows(mar: Path, tmp_path: Path) -> None:
     assert bomb.stat().st_size < 1 << 20
     with pytest.raises(ArchiveError, match=r"would grow from [\d,]+ bytes to [\d,]+ \(most of it zeros.bin\)"):
         inspect_archive(bomb)
+    with pytest.raises(ArchiveError, match=r"would grow from [\d,]+ bytes to [\d,]+ \(most of it zeros.bin\)"):
+        unpack(bomb, tmp_path / "folder")
 
 
 def test_a_document_of_any_size_is_not_read(tmp_path: Path) -> None:

@@ -284,6 +284,22 @@ def test_a_loop_is_fused_as_far_as_its_state_stays(
     assert exported.manifest.receipt["passed"] and exported.manifest.runtime["fused"]
 
 
+def test_fusions_of_all_graphs_are_counted(
+    checkpoint: Callable[..., Path], tmp_path: Path, quick: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    counts = iter([{"LayerNormalization": 5, "Attention": 2}, {"LayerNormalization": 3, "Gelu": 1}])
+    monkeypatch.setattr(writer.onnx_optimization, "fuse", lambda model, *_: (model, next(counts)))
+    kind = KINDS["marian"]
+    source = str(checkpoint(kind.architecture, TASKS[kind.task].auto_model))
+    config = {"model_name": source, "task": kind.task, "max_length": 32, "save_mode": "onnx"}
+    exported = run_export(tmp_path / "x", {**config, "parameters": {"max_new_tokens": 4}})
+    assert list(exported.manifest.runtime["fused"].items()) == [
+        ("Attention", 2),
+        ("Gelu", 1),
+        ("LayerNormalization", 8),
+    ]
+
+
 def test_speed_and_size_are_told_beside_the_float32_trace(
     checkpoint: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -27,6 +27,7 @@ from traceserve.building.writers.lowering import int8 as lowering
 from traceserve.building.writers.lowering.int8 import KEPT_SHARES
 from traceserve.building.writers.openvino import int8_weights
 from traceserve.building.writers.openvino.loops import LoopModels, loop_models
+from traceserve.building.writers.openvino.quantizer import layer_of
 from traceserve_runtime import processor
 from traceserve_runtime.engine import Engine
 from traceserve_runtime.errors import InvalidManifest
@@ -234,7 +235,7 @@ def in_int8(models: LoopModels) -> Set[str]:
         ).get_element_type()
         for node in found
     }
-    return {int8_weights._layer_name(name) for name, kind in bits.items() if kind.get_type_name() in ("u8", "i8")}
+    return {layer_of(name) for name, kind in bits.items() if kind.get_type_name() in ("u8", "i8")}
 
 
 @pytest.mark.parametrize("architecture", ["gpt2", "t5"])
@@ -251,6 +252,22 @@ def test_more_and_more_layers_are_left(architecture: str, checkpoint: Made, tmp_
         found = in_int8(LoopModels(*rounded, models.inputs))
         assert found & layers == layers - {*step.kept}
         assert (embeddings in found) is ("lm_head" not in step.kept)
+
+
+def test_layers_are_compared_on_a_spread_of_the_texts(
+    checkpoint: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The user's own come after the built-in ones."""
+    original = original_of(checkpoint, "gpt2", tmp_path)
+    lengths: List[int] = []
+
+    def ladder(model: Any, batches: Any, *_: Any) -> Any:
+        lengths.extend(batch["input_ids"].shape[1] for batch in batches for _ in batch["input_ids"])
+        return iter(())
+
+    monkeypatch.setattr(int8_weights, "ladder", ladder)
+    assert not list(int8_weights.to_round(original, ["a"] * 100 + ["a a a a a a a a"] * 156))
+    assert len(lengths) == 64 and lengths.count(max(lengths)) == 39
 
 
 def test_what_changes_too_many_tokens_is_refused(

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import datetime
 import math
 import shutil
+import time
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -20,6 +22,7 @@ from traceserve.building.attempt import candidate_shapes
 from traceserve.building.checkpoints import loading, sources
 from traceserve.building.checkpoints.original import Original
 from traceserve.building.config.parsing import parse_config
+from traceserve.building.exported import Exported
 from traceserve.building.gate import verification
 from traceserve.building.gate.findings import LIMITS, Cell, DriftError, Findings
 from traceserve.building.gate.outputs import GridRows, unexplained_variance
@@ -47,6 +50,19 @@ def test_the_receipt(artifact: Path) -> None:
     assert receipt["answers"] > 25 and receipt["cells"] > 10
     assert receipt["largest_difference"] < 1e-5 < receipt["limits"]["difference"]
     assert receipt["lengths"][-1] == 32 and 1 in receipt["batches"]
+
+
+@pytest.mark.parametrize("zone", ["Etc/GMT+12", "Etc/GMT-14"])  # one of them has another date now
+def test_the_reports_date_is_utc(zone: str, artifact: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    exported = Exported(Manifest.read(artifact), Findings(LIMITS["float32"]), 0, None, "", ())
+    with monkeypatch.context() as patch:
+        patch.setenv("TZ", zone)
+        time.tzset()
+        before = datetime.datetime.now(datetime.timezone.utc).date().isoformat()
+        told = exported.report()["date"]
+        after = datetime.datetime.now(datetime.timezone.utc).date().isoformat()
+    time.tzset()
+    assert told in (before, after)
 
 
 @pytest.mark.parametrize(

@@ -14,23 +14,28 @@ from typing import Any, Callable, Dict, Iterator, Mapping, Match, Optional, Sequ
 from traceserve_runtime.engine import Engine
 from traceserve_runtime.errors import TraceserveError
 from traceserve_runtime.manifest import MANIFEST_FILE, Manifest
+from traceserve_runtime.protocols.bodies import Headers
+from traceserve_runtime.protocols.contract import Body
+from traceserve_runtime.protocols.explaining import ExplainedBodies
 from traceserve_runtime.protocols.requests import parse_value
 from traceserve_runtime.service import Service
-from traceserve_runtime.settings import Settings
+from traceserve_runtime.settings import Settings, valid
 
 from traceserve.archives import contents, signing, staging
 from traceserve.archives.names import STORE
 from traceserve.building.config.parsing import LoadedConfig, check_labels_file, load_config, parse_config
 from traceserve.building.config.targets import build_targets
+from traceserve.building.gate_options import GateOptions
 from traceserve.building.packing import export_and_pack
 from traceserve.building.progress import Progress
 from traceserve.errors import ConfigError, SignatureError
 
+_EXPLAIN = Headers("application/json", explain=True)
 _SAMPLES = "samples.jsonl"  # the file of a list of samples
 # Words of the commands in errors, and a Python caller's.
 _WORDS = (
     (re.compile(r"--(force|allow-drift|keep-samples)\b"), lambda found: f"{_argument(found)}=True"),
-    (re.compile(r"--(output|store|samples|version)\b"), lambda found: _argument(found)),
+    (re.compile(r"--(output|store|samples|version)\b( FILE)?"), lambda found: _argument(found)),
     (re.compile(r"TorchServe asks for the device"), lambda found: "the caller asks for the device"),
 )
 
@@ -78,15 +83,13 @@ def build(
     Raises:
         TraceserveError: with a sentence that says what to do; nothing is left half-made.
     """
-    if keep_samples and samples is None:
-        raise ConfigError("keep_samples keeps the samples, and there are none; give samples too, or leave it out")
-    loaded = _configured(model_name, config, keys)
     quiet: Progress = progress or (lambda what, done, total: None)
     with tempfile.TemporaryDirectory(prefix="traceserve-samples.") as folder, _in_python(Path(folder)):
+        gate = GateOptions(_samples_file(samples, Path(folder)), allow_drift, keep_samples)
+        loaded = _configured(model_name, config, keys)
         written = build_targets(loaded, Path(output) if output else None, Path(store), version, force)
         assert written.archive is not None
-        file = _samples_file(samples, Path(folder))
-        exported = export_and_pack(loaded, written, quiet, file, allow_drift, keep_samples)
+        exported = export_and_pack(loaded, written, quiet, gate)
     return BuiltArchive(written.archive, contents.read_manifest(written.archive), exported.report())
 
 
@@ -134,7 +137,10 @@ def _argument(option: Match[str]) -> str:
 
 
 class LoadedArchive:
-    """A loaded archive, which answers in this process as a worker does."""
+    """A loaded archive, which answers in this process as a worker does.
+
+    One thread at a time may ask it; a program of several threads loads one for each, or takes turns with a lock.
+    """
 
     def __init__(self, engine: Engine, close: Callable[[], object]) -> None:
         """`close` is called when nothing refers to it any more."""
@@ -148,7 +154,8 @@ class LoadedArchive:
         return self.engine.manifest
 
     def __call__(self, inputs: Input, **parameters: Any) -> Any:
-        """Return what a server answers, as parsed JSON.
+        """Return what a server answers, as parsed JSON: for one input what transformers.pipeline returns for it, such as an
+        object with label and score, or a list of these with `top_k`; for a list of inputs a list, one item for each.
 
         Args:
             inputs: A text; an object of the task's fields, such as `{"question": ..., "context": ...}`; or a list of
@@ -159,20 +166,39 @@ class LoadedArchive:
             InvalidRequest, InputTooLong: what is wrong with the input, as a server's 400 and 413.
         """
         served = self._service.served
-        body = _plain({"inputs": inputs, **({"parameters": parameters} if parameters else {})})
-        call = parse_value(body, served.task, 0, served.manifest.max_rows)
+        return self._answered(parse_value(_asked(inputs, parameters), served.task, 0, served.manifest.max_rows))
+
+    def explain(self, inputs: Input, **parameters: Any) -> Any:
+        """Return how much each word added to an answer, as `/explanations/NAME` and `traceserve explain` do.
+
+        An explanation is an object with the answer, what is explained (`target`) and the `words` with their attributions;
+        for a list of inputs a list of these.
+
+        Args:
+            inputs: As of a call.
+            **parameters: The task's parameters, and those of explanations, such as `label`, `method` and `steps`.
+
+        Raises:
+            InvalidRequest, InputTooLong: what is wrong with the input.
+            TraceserveError: Answers of the task are not explained, or it took too long.
+        """
+        body = {"body": _asked(inputs, parameters)}
+        return self._answered(ExplainedBodies().read(body, _EXPLAIN, self._service.served, 0))
+
+    def _answered(self, call: Body) -> Any:
         answers = []
         for answer in self.engine.answer(call.requests):
             if isinstance(answer, TraceserveError):
                 raise answer
             answers.append(answer)
-        return call.protocol.reply(answers, served)
+        return call.protocol.reply(answers, self._service.served)
 
 
 def load(
     archive: Union[str, Path, BuiltArchive],
     device: str = "cpu",
     require_signature: Union[str, Path, None] = None,
+    threads: Optional[int] = None,
 ) -> LoadedArchive:
     """Load an archive (or an artifact's folder) into this process, ready to answer.
 
@@ -181,22 +207,31 @@ def load(
         device: "cpu", or a GPU's name for an archive with `"hardware": "gpu"`.
         require_signature: A PEM file, a public key or certificates: only an archive that is signed by it is loaded, as by
             `traceserve serve --require-signature`.
+        threads: Of each operator, 1 or more; by default the number that the save mode's library takes. torch counts them for
+            the whole process.
 
     Raises:
         TraceserveError: The archive is damaged, or not signed as required, or needs what this machine lacks.
     """
+    if threads is not None and not valid("threads", threads):
+        raise ConfigError(f"threads is {threads!r}; it should be 1 or more, or None for the library's own number")
     path = archive.path if isinstance(archive, BuiltArchive) else Path(archive)
     trusted = Path(require_signature) if require_signature is not None else None
     if (path / MANIFEST_FILE).is_file():
         if trusted is not None:
             raise SignatureError(f"{path} is a folder, and only an archive (.mar) is signed")
-        return LoadedArchive(_ready(path, device), lambda: None)
+        return LoadedArchive(_ready(path, device, threads), lambda: None)
     with contextlib.ExitStack() as stack:
         unpacked = stack.enter_context(staging.scratch())
         with signing.verified([path], trusted) as [checked]:
             contents.unpack(checked, unpacked)
-        engine = _ready(unpacked, device)
+        engine = _ready(unpacked, device, threads)
         return LoadedArchive(engine, stack.pop_all().close)
+
+
+def _asked(inputs: Input, parameters: Mapping[str, Any]) -> object:
+    """Return the body of a request, as JSON has it."""
+    return _plain({"inputs": inputs, **({"parameters": parameters} if parameters else {})})
 
 
 def _plain(value: object) -> object:
@@ -208,9 +243,9 @@ def _plain(value: object) -> object:
     return value
 
 
-def _ready(folder: Path, device: str) -> Engine:
+def _ready(folder: Path, device: str, threads: Optional[int]) -> Engine:
     with _in_python():
-        engine = Engine.load(folder, device, Settings())
+        engine = Engine.load(folder, device, Settings(threads=threads))
     engine.warm_up()
     engine.scheduler.open_lanes()
     return engine

@@ -24,6 +24,7 @@ from traceserve.building.checkpoints.original import Original
 from traceserve.building.config import parsing
 from traceserve.building.export import export
 from traceserve.building.exported import Exported
+from traceserve.building.gate_options import GateOptions
 from traceserve.building.samples import OwnSamples
 from traceserve.building.speeds import measure_speeds
 from traceserve.building.writers.lowering import precision
@@ -58,9 +59,8 @@ def export_as(way: str, content: Dict[str, Any], folder: Path, texts: Path) -> E
     parsed, _ = parsing.parse_config({**content, "dtype": dtype})
     folder.mkdir()
     try:
-        return export(
-            parsing.LoadedConfig(parsed, folder, ()), folder.name, folder, lambda *_: None, texts, allow_drift=True
-        )
+        gate = GateOptions(texts, allow_drift=True)
+        return export(parsing.LoadedConfig(parsed, folder, ()), folder.name, folder, lambda *_: None, gate)
     finally:
         precision.PRECISIONS[dtype] = own
 

@@ -17,6 +17,7 @@ from traceserve.building.export import export
 from traceserve.building.exported import Exported
 from traceserve.building.gate import verification
 from traceserve.building.gate.texts import SENTENCES
+from traceserve.building.gate_options import GateOptions
 from traceserve_runtime.engine import Engine
 from traceserve_runtime.tasks import TASKS
 from traceserve_runtime.tasks.contract import Answer
@@ -117,8 +118,8 @@ def build(source: Path, task: str, save_mode: str, dtype: str, folder: Path, max
     content = {"model_name": str(source), "task": task, "save_mode": save_mode, "dtype": dtype, "hardware": "gpu"}
     config, notes = parse_config({**content, "max_length": max_length})
     folder.mkdir(parents=True)
-    drift = dtype != "float32"  # the models are random
-    return export(LoadedConfig(config, folder, notes), folder.name, folder, lambda *_: None, allow_drift=drift)
+    gate = GateOptions(allow_drift=dtype != "float32")  # the models are random
+    return export(LoadedConfig(config, folder, notes), folder.name, folder, lambda *_: None, gate)
 
 
 def _checkpoint(job: Job) -> Path:

@@ -107,7 +107,13 @@ def _pack(stage: Path, manifest: Manifest, scratch: Path) -> Path:
     command += [f"--{key}={value}" for key, value in options.items()]
     variables = {**os.environ, "TMPDIR": str(temp)}
     result = subprocess.run(
-        command, cwd=scratch, env=variables, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        command,
+        cwd=scratch,
+        env=variables,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        encoding="utf-8",
+        errors="replace",
     )
     if result.returncode:
         raise ArchiveError(f"torch-model-archiver failed: {last_line(result.stdout)}")

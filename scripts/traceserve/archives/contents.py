@@ -8,7 +8,7 @@ import struct
 import zipfile
 import zlib
 from pathlib import Path
-from typing import Mapping, Sequence, Set
+from typing import Collection, Dict, Mapping, Sequence
 
 from traceserve_runtime.errors import TraceserveError
 from traceserve_runtime.manifest import (
@@ -28,8 +28,9 @@ from traceserve.machine import space
 
 ARCHIVER_MANIFEST = "MAR-INF/MANIFEST.json"
 _METADATA = "traceserve.egg-info/"  # written beside the handler by an editable installation; never imported
-_EPOCH = (1980, 1, 1, 0, 0, 0)  # the earliest date in a zip
-_LARGEST_RATIO = 1100  # deflate's for zeros
+EPOCH = (1980, 1, 1, 0, 0, 0)  # the earliest date in a zip
+# Archives are stored, or deflated by hand: texts may shrink much, weights hardly.
+_LARGEST_GROWTH, _ALWAYS_ALLOWED = 8, 64 << 20
 _MOST_FILES = 10_000
 # zipfile's exceptions for files that are not zips, are truncated, or have a changed byte: in names, sizes, methods,
 # flags or data. (RuntimeError, the base of NotImplementedError, is for an unknown method or encryption.)
@@ -56,11 +57,10 @@ def unpack(path: Path, folder: Path, only: Sequence[str] = ()) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     try:
         with zipfile.ZipFile(path) as file:
-            _check_names(path, file.namelist(), manifest)
-            members = [info for info in file.infolist() if not only or info.filename in only]
+            files = checked_members(path, file)
+            _check_known(path, files, manifest)
+            members = [info for info in files.values() if not only or info.filename in only]
             size = sum(info.file_size for info in members)
-            if size > _LARGEST_RATIO * path.stat().st_size:
-                raise zipfile.BadZipFile("it declares larger files than it can contain")
             space.require_space(folder, size, f"unpacking {path.name}")
             with space.Needed(folder, size, f"unpacking {path.name}"):
                 file.extractall(folder, members)
@@ -96,27 +96,47 @@ def wrong_in_torchserves_manifest(content: bytes, manifest: Manifest) -> str:
     return ""
 
 
-def _check_names(path: Path, names: Sequence[str], manifest: Manifest) -> None:
-    """Raise ArchiveError unless the archive has each file once, and only files in the manifest.
+def checked_members(path: Path, archive: zipfile.ZipFile) -> Dict[str, zipfile.ZipInfo]:
+    """Return an archive's files by name; raises ArchiveError for a hostile list: more files than any of ours has, one twice,
+    a name that leads out of the folder, or sizes beyond what such an archive can hold."""
+    check_count(path, sum(not info.is_dir() for info in archive.infolist()))
+    members: Dict[str, zipfile.ZipInfo] = {}
+    for info in archive.infolist():
+        name = info.filename
+        if not is_inside(name.rstrip("/")) and name != MANIFEST_FILE:  # our own prefixes do not make it harmless
+            raise ArchiveError(
+                f"{path} holds the name {name!r}, which leads out of its folder; do not unpack or serve it"
+            )
+        if name in members:
+            raise ArchiveError(f"{path} holds the file {name} twice; build the archive again")
+        if not info.is_dir():
+            members[name] = info
+    _check_growth(path, {name: info.file_size for name, info in members.items()})
+    return members
+
+
+def _check_growth(path: Path, sizes: Mapping[str, int]) -> None:
+    """Raise ArchiveError for an archive whose files declare more bytes than it can hold of a model."""
+    allowed = _LARGEST_GROWTH * path.stat().st_size + _ALWAYS_ALLOWED
+    if sum(sizes.values()) > allowed:
+        largest = max(sizes, key=lambda name: sizes[name])
+        raise ArchiveError(
+            f"{path} would grow from {path.stat().st_size:,} bytes to {sum(sizes.values()):,} (most of it {largest}), and "
+            f"{allowed:,} are allowed: it may be made to fill a disk; do not unpack or serve it"
+        )
+
+
+def _check_known(path: Path, names: Collection[str], manifest: Manifest) -> None:
+    """Raise ArchiveError unless the archive holds only files in the manifest.
 
     A hand-packed archive's manifest names no code; its folder of handlers may contain an installation's metadata.
     """
     known = {*manifest.files, MANIFEST_FILE, ARCHIVER_MANIFEST, HANDLER_FILE}
-    files = [name for name in names if not name.endswith("/")]
-    check_count(path, len(files))
-    seen: Set[str] = set()
-    for name in files:
-        if not is_inside(name) and name != MANIFEST_FILE:  # our own prefixes do not make it harmless
-            raise ArchiveError(
-                f"{path} holds the name {name!r}, which leads out of its folder; build the archive again"
-            )
+    for name in names:
         if name not in known and not is_our_own(name):
             raise ArchiveError(
                 f"{path} holds the file {name}, which its {MANIFEST_FILE} does not name; build the archive again"
             )
-        if name in seen:
-            raise ArchiveError(f"{path} holds the file {name} twice; build the archive again")
-        seen.add(name)
 
 
 def check_count(path: Path, files: int) -> None:
@@ -222,7 +242,7 @@ def copy_archive(packed: Path, target: Path, changed: Mapping[str, bytes]) -> No
     """Copy an archive with some files replaced, in sorted order and without dates."""
     with zipfile.ZipFile(packed) as source, zipfile.ZipFile(target, "w", zipfile.ZIP_STORED) as sink:
         for name in sorted(source.namelist()):
-            info = zipfile.ZipInfo(name, _EPOCH)
+            info = zipfile.ZipInfo(name, EPOCH)
             info.external_attr = 0o644 << 16
             info.file_size = len(changed[name]) if name in changed else source.getinfo(name).file_size
             with source.open(name) as reader, sink.open(info, "w") as writer:

@@ -12,16 +12,14 @@ import zipfile
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, Callable, Dict, List, Mapping, Tuple
+from typing import IO, Any, Callable, List, Mapping, Tuple
 
-from traceserve_runtime.manifest import MANIFEST_FILE, is_inside
+from traceserve_runtime.manifest import MANIFEST_FILE
 
-from traceserve.archives.contents import DAMAGED, check_count, damaged
+from traceserve.archives.contents import DAMAGED, check_count, checked_members, damaged
 from traceserve.errors import ArchiveError
 
 LARGEST_DOCUMENT = 16 << 20  # bytes, of a JSON or YAML file that is parsed
-# Archives are stored, or deflated by hand: texts may shrink much, weights hardly.
-_LARGEST_GROWTH, _ALWAYS_ALLOWED = 8, 64 << 20
 _BLOCK = 1 << 20
 
 Open = Callable[[str], IO[bytes]]
@@ -55,11 +53,13 @@ def list_files(path: Path, documents: Tuple[str, ...] = ()) -> Listing:
     """
     if path.is_dir():
         names = {file.relative_to(path).as_posix(): file.stat().st_size for file in _files_below(path)}
+        check_count(path, len(names))
         return _listed(path, sum(names.values()), names, lambda name: (path / name).open("rb"), documents)
     try:
         with ExitStack() as stack:
             archive = stack.enter_context(zipfile.ZipFile(path))
-            return _listed(path, path.stat().st_size, _members(path, archive), archive.open, documents)
+            sizes = {name: info.file_size for name, info in checked_members(path, archive).items()}
+            return _listed(path, path.stat().st_size, sizes, archive.open, documents)
     except DAMAGED as error:
         raise damaged(path, error) from None
 
@@ -70,31 +70,7 @@ def _files_below(folder: Path) -> List[Path]:
     return [file for file in sorted(folder.rglob("*")) if file.is_file() and "__pycache__" not in file.parts]
 
 
-def _members(path: Path, archive: zipfile.ZipFile) -> Dict[str, int]:
-    """Return the size that each file declares; raises ArchiveError for a hostile list."""
-    sizes: Dict[str, int] = {}
-    for info in archive.infolist():
-        name = info.filename
-        if not is_inside(name.rstrip("/")) and name != MANIFEST_FILE:
-            raise ArchiveError(
-                f"{path} holds the name {name!r}, which leads out of its folder; do not unpack or serve it"
-            )
-        if name in sizes:
-            raise ArchiveError(f"{path} holds the file {name} twice; build the archive again")
-        if not info.is_dir():
-            sizes[name] = info.file_size
-    allowed = _LARGEST_GROWTH * path.stat().st_size + _ALWAYS_ALLOWED
-    if sum(sizes.values()) > allowed:
-        largest = max(sizes, key=lambda name: sizes[name])
-        raise ArchiveError(
-            f"{path} would grow from {path.stat().st_size:,} bytes to {sum(sizes.values()):,} (most of it {largest}), and "
-            f"{allowed:,} are allowed: it may be made to fill a disk; do not unpack or serve it"
-        )
-    return sizes
-
-
 def _listed(path: Path, size: int, sizes: Mapping[str, int], open_file: Open, documents: Tuple[str, ...]) -> Listing:
-    check_count(path, len(sizes))
     if MANIFEST_FILE not in sizes:
         raise ArchiveError(
             f"{path} is no archive of traceserve: it holds no {MANIFEST_FILE}; `traceserve build` makes one"

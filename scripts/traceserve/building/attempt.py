@@ -50,6 +50,14 @@ class AcceptedArtifact(NamedTuple):
     findings: Findings
 
 
+class Drifted(NamedTuple):
+    """An artifact that did not pass: the gate's findings, the model that was written, and the shapes."""
+
+    findings: Findings
+    lowered: Original
+    shapes: Shapes
+
+
 def _lowered(config: SetupConfig, original: Original, dtype: str, texts: Sequence[TextOrPair]) -> Iterable[Original]:
     """Yield the models to write in this dtype, in turn; unchanged if the hardware's compiler converts it."""
     if config.hardware in DTYPES[dtype].by_compiler:
@@ -81,7 +89,7 @@ class Attempt:
         DriftError."""
         original = self.reference.original
         refused: List[ExportError] = []
-        drifted: List[Tuple[Findings, Original, Shapes]] = []
+        drifted: List[Drifted] = []
         config = self.config
         writer = WRITERS[config.save_mode]
         texts = calibration(TASKS[config.task], self.own_samples, writer.most_texts, writer.fixes_ranges)
@@ -96,23 +104,27 @@ class Attempt:
                     continue
                 if findings.passed:
                     if not shapes.padded:
-                        findings.compared[PADDING_CHANGES] = min(item[0].largest_difference for item in drifted)
+                        findings.compared[PADDING_CHANGES] = min(each.findings.largest_difference for each in drifted)
                     return self._finish(manifest, findings, padded, folder)
-                drifted.append((findings, padded, shapes))
+                drifted.append(Drifted(findings, padded, shapes))
                 if config.hardware in FIXED_SHAPES or not (findings.failure or findings.failed):
                     break  # narrower shapes cannot mend what is wrong in all of them
-        runnable = [item for item in drifted if item[0].failure is None]
+        runnable = [each for each in drifted if each.findings.failure is None]
         if self.allow_drift and runnable:
-            findings, lowered, shapes = min(runnable, key=lambda i: (i[0].share_changed, i[0].largest_difference))
+            findings, lowered, shapes = min(runnable, key=_distance)
             return self._finish(self._write(lowered, shapes, folder), findings, lowered, folder)
         if drifted:
-            # The widest shapes of each model tried; of these the closest.
-            widest = {(id(item[1].model), item[1].kept): item for item in reversed(drifted)}.values()
-            findings, _, shapes = min(widest, key=lambda item: item[0].share_changed)
-            # A model that cannot even run in all shapes may run in another save mode.
-            advice = formats.advice(config) if findings.failure else _without_padding(config, findings)
-            raise DriftError(_drift(dtype, shapes, original) + advice, findings)
+            raise self._refusal(dtype, drifted)
         raise refused[0]
+
+    def _refusal(self, dtype: str, drifted: Sequence[Drifted]) -> DriftError:
+        """Return the error on artifacts that all failed, with the closest one's findings."""
+        # The widest shapes of each model tried; of these the closest.
+        widest = {(id(each.lowered.model), each.lowered.kept): each for each in reversed(drifted)}.values()
+        findings, _, shapes = min(widest, key=lambda each: each.findings.share_changed)
+        # A model that cannot even run in all shapes may run in another save mode.
+        advice = formats.advice(self.config) if findings.failure else _without_padding(self.config, findings)
+        return DriftError(_drift(dtype, shapes, self.reference.original) + advice, findings)
 
     def compared(self, made: AcceptedArtifact, scratch: Path) -> Optional[Compared]:
         """Return the speeds of an artifact and of the float32 one that its save mode is measured against, which is not
@@ -131,9 +143,7 @@ class Attempt:
         speeds = measure_speeds(folders, _speed_requests(made, self.own_samples), self.progress)
         return Compared(save_mode, speeds[save_mode], space.size([other]), speeds[""])
 
-    def _ways(
-        self, lowered: Original, drifted: Sequence[Tuple[Findings, Original, Shapes]]
-    ) -> Iterator[Tuple[Original, Shapes]]:
+    def _ways(self, lowered: Original, drifted: Sequence[Drifted]) -> Iterator[Tuple[Original, Shapes]]:
         """Yield shapes, widest first, padded on the right, or on the left if the tokenizer says so; last without
         padding.
 
@@ -144,7 +154,8 @@ class Attempt:
         for shapes in candidate_shapes(self.config, lowered.max_length):
             for side in sides:
                 yield replace(lowered, padding_side=side), replace(shapes, shortest=lowered.shortest)
-        own = [item[0] for item in drifted if item[1].model is lowered.model and item[1].kept == lowered.kept]
+        model, kept = lowered.model, lowered.kept
+        own = [each.findings for each in drifted if each.lowered.model is model and each.lowered.kept == kept]
         if any(findings.padding_changes for findings in own):
             for shapes in without_padding(self.config):
                 yield lowered, replace(shapes, shortest=lowered.shortest)
@@ -198,6 +209,11 @@ class Attempt:
             manifest = explaining.with_gradients(self.config, manifest, lowered, folder)
         manifest.write(folder)
         return AcceptedArtifact(folder, manifest, findings)
+
+
+def _distance(drifted: Drifted) -> Tuple[float, float]:
+    """Return how far an artifact is from the original: the share of changed answers, then the largest difference."""
+    return drifted.findings.share_changed, drifted.findings.largest_difference
 
 
 def _without_padding(config: SetupConfig, findings: Findings) -> str:

@@ -8,24 +8,27 @@ import os
 import tempfile
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Iterator, List, Optional, Tuple
+from typing import Dict, Iterator, List, Optional, Tuple
 
+from traceserve_runtime.manifest import Manifest
 from traceserve_runtime.tasks import TASKS
 
 from traceserve.building import artifact, explaining
 from traceserve.building.attempt import AcceptedArtifact, Attempt
 from traceserve.building.checkpoints import licenses, loading, sources
 from traceserve.building.checkpoints.checkpoint import Checkpoint
+from traceserve.building.checkpoints.original import Original
+from traceserve.building.checkpoints.seeding import seeded
 from traceserve.building.config import choosing, formats
 from traceserve.building.config.dtypes import AUTO
 from traceserve.building.config.hardware import FIXED_SHAPES
 from traceserve.building.config.parsing import LoadedConfig
 from traceserve.building.config.setup_config import SetupConfig
-from traceserve.building.exported import Candidate, Exported
+from traceserve.building.exported import Candidate, Compared, Exported
 from traceserve.building.gate.golden import with_golden_set
 from traceserve.building.gate.reference import Reference
-from traceserve.building.products import RECEIPT as PRODUCTS
-from traceserve.building.products import count_products
+from traceserve.building.gate_options import GateOptions
+from traceserve.building.products import PRODUCTS_KEY, count_products
 from traceserve.building.progress import Progress
 from traceserve.building.samples import OwnSamples
 from traceserve.building.writers import WRITERS
@@ -48,21 +51,18 @@ def export(
     name: str,
     folder: Path,
     progress: Progress,
-    samples_file: Optional[Path] = None,
-    allow_drift: bool = False,
-    keep_samples: bool = False,
+    gate: GateOptions = GateOptions(),
     shared: Optional[Shared] = None,
 ) -> Exported:
     """Write the artifact `name` into `folder`, an empty one; raises TraceserveError, DriftError from the gate.
 
     If the configuration leaves the dtype open, the first candidate that passes is taken, fastest first. If it leaves
-    the shapes open, the widest that pass are taken. If none passes,
-    `allow_drift` takes those that change the fewest answers; artifacts that cannot run are never exported.
-    `keep_samples` puts the user's samples into the golden set, and so into the archive. With `shared`, nothing is
-    measured, and the original is taken from it.
+    the shapes open, the widest that pass are taken. If none passes and the artifact may drift, those are taken that change
+    the fewest answers; artifacts that cannot run are never exported. With `shared`, nothing is measured, and the original
+    is taken from it.
     """
-    with loading.quiet_transformers(), _frozen_objects():
-        return _export(loaded, name, folder, progress, samples_file, allow_drift, keep_samples, shared)
+    with loading.quiet_transformers(), seeded(), _frozen_objects():
+        return _export(loaded, name, folder, progress, gate, shared)
 
 
 @contextlib.contextmanager
@@ -79,56 +79,71 @@ def _frozen_objects() -> Iterator[None]:
 
 
 def _export(
-    loaded: LoadedConfig,
-    name: str,
-    folder: Path,
-    progress: Progress,
-    samples_file: Optional[Path],
-    allow_drift: bool,
-    keep_samples: bool,
-    shared: Optional[Shared],
+    loaded: LoadedConfig, name: str, folder: Path, progress: Progress, gate: GateOptions, shared: Optional[Shared]
 ) -> Exported:
     samples = shared.samples if shared else None
-    if samples_file:  # before anything is downloaded
-        samples = OwnSamples.read(samples_file)
+    if gate.samples:  # before anything is downloaded
+        samples = OwnSamples.read(gate.samples)
     config, checkpoint = _fetched(loaded, progress)
     own_samples = samples.requests(TASKS[config.task]) if samples else []
-    reference = shared.reference if shared else None
-    if reference is None:
-        progress("loading the original", 0, 0)
-        reference = Reference(loading.load_original(config, checkpoint, loaded.folder))
-    if shared:
-        shared.reference = reference
-    explaining.check_embedding_name(config, reference.original)
+    reference = _reference(config, checkpoint, loaded.folder, progress, shared or Shared())
+    original = reference.original
+    explaining.check_embedding_name(config, original)
     attempt = Attempt(config, checkpoint.source(config), reference, name, own_samples, progress)
-    with tempfile.TemporaryDirectory(prefix=".candidates.", dir=folder.parent) as scratch:
-        chosen, tried = _first_that_passes(attempt, folder, Path(scratch), allow_drift)
-        compared = None if shared else attempt.compared(chosen, Path(scratch))
-        if chosen.folder != folder:
-            for file in chosen.folder.iterdir():
-                os.replace(file, folder / file.name)
+    chosen, tried, compared = _chosen(attempt, folder, gate.allow_drift, measured=shared is None)
+    because = choosing.choose(config).reason if loaded.config.save_mode == AUTO else ""
     receipt = {
         **chosen.manifest.receipt,
         "candidates": [candidate.receipt() for candidate in tried],
         "license": licenses.license_of(checkpoint),
+        **_products(original, config.task),
+        **({"save_mode_because": because} if because else {}),
     }
-    original = reference.original
-    counted = count_products(original, config.task)
-    if counted is not None:
-        receipt[PRODUCTS] = counted
-    why_chosen = ""
-    if loaded.config.save_mode == AUTO:
-        receipt["save_mode_because"] = why_chosen = choosing.choose(config).reason
     progress("writing the golden set", 0, 0)
-    kept = own_samples if keep_samples else ()
+    kept = own_samples if gate.keep_samples else ()
     runs_here = config.hardware not in FIXED_SHAPES or bool(neuron_cores.count(config.hardware))
     manifest, p50 = with_golden_set(folder, replace(chosen.manifest, receipt=receipt), reference, kept, runs_here)
     manifest.write(folder)
     parameters = sum(parameter.numel() for parameter in original.model.parameters())
-    notes = checkpoint.note, original.note, WRITERS[config.save_mode].note(artifact.target_of(config))
-    note = "\n".join(note for note in (*notes, explaining.note_on_gradients(config, manifest)) if note) or None
-    found = checkpoint.task_found
-    return Exported(manifest, chosen.findings, parameters, note, found, tuple(tried), compared, p50, why_chosen)
+    note, found = _note(config, checkpoint, original, manifest), checkpoint.task_found
+    return Exported(manifest, chosen.findings, parameters, note, found, tuple(tried), compared, p50, because)
+
+
+def _reference(
+    config: SetupConfig, checkpoint: Checkpoint, config_folder: Path, progress: Progress, shared: Shared
+) -> Reference:
+    """Return the original with its outputs, which the first export that shares it loads."""
+    if shared.reference is None:
+        progress("loading the original", 0, 0)
+        shared.reference = Reference(loading.load_original(config, checkpoint, config_folder))
+    return shared.reference
+
+
+def _chosen(
+    attempt: Attempt, folder: Path, allow_drift: bool, measured: bool
+) -> Tuple[AcceptedArtifact, List[Candidate], Optional[Compared]]:
+    """Put the artifact that passes into `folder`; return it, what became of each candidate, and, if `measured`, its speed
+    beside another save mode's."""
+    with tempfile.TemporaryDirectory(prefix=".candidates.", dir=folder.parent) as scratch:
+        chosen, tried = _first_that_passes(attempt, folder, Path(scratch), allow_drift)
+        compared = attempt.compared(chosen, Path(scratch)) if measured else None
+        if chosen.folder != folder:
+            for file in chosen.folder.iterdir():
+                os.replace(file, folder / file.name)
+    return chosen, tried, compared
+
+
+def _products(original: Original, task: str) -> Dict[str, object]:
+    """Return the receipt's entry on the model's products of matrices, if they can be counted."""
+    counted = count_products(original, task)
+    return {} if counted is None else {PRODUCTS_KEY: counted}
+
+
+def _note(config: SetupConfig, checkpoint: Checkpoint, original: Original, manifest: Manifest) -> Optional[str]:
+    """Return all notes on the checkpoint, the original, the save mode and the gradients, a line each."""
+    of_writer = WRITERS[config.save_mode].note(artifact.target_of(config))
+    notes = (checkpoint.note, original.note, of_writer, explaining.note_on_gradients(config, manifest))
+    return "\n".join(note for note in notes if note) or None
 
 
 def _fetched(loaded: LoadedConfig, progress: Progress) -> Tuple[SetupConfig, Checkpoint]:

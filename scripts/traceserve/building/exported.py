@@ -74,7 +74,7 @@ class Exported:
         """Return the measurements; they differ from run to run, so they are stored beside the artifact, not in it."""
         return {
             "name": self.manifest.name,
-            "date": datetime.date.today().isoformat(),
+            "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
             "processor": processor.name(),
             "cores": processor.cores(),
             "versions": self.manifest.versions,

@@ -3,24 +3,18 @@
 from __future__ import annotations
 
 from contextlib import ExitStack
-from pathlib import Path
-from typing import Optional
 
 from traceserve.archives import archive, staging
 from traceserve.building.config.parsing import LoadedConfig
 from traceserve.building.config.targets import Targets
 from traceserve.building.export import export
 from traceserve.building.exported import Exported
+from traceserve.building.gate_options import GateOptions
 from traceserve.building.progress import Progress
 
 
 def export_and_pack(
-    loaded: LoadedConfig,
-    written: Targets,
-    progress: Progress,
-    samples: Optional[Path] = None,
-    allow_drift: bool = False,
-    keep_samples: bool = False,
+    loaded: LoadedConfig, written: Targets, progress: Progress, gate: GateOptions = GateOptions()
 ) -> Exported:
     """Write the artifact and its archive; raises as `export`."""
     name = written.artifact.resolve().name
@@ -29,7 +23,7 @@ def export_and_pack(
         store = stack.enter_context(staging.staged(written.archive)) if written.archive else None
         folder = stack.enter_context(staging.staged(written.artifact)) / written.artifact.name
         folder.mkdir()
-        exported = export(loaded, name, folder, progress, samples, allow_drift, keep_samples)
+        exported = export(loaded, name, folder, progress, gate)
         if store:
             progress("packing", 0, 0)
             archive.pack_archive(folder, name, store, written.version)

@@ -8,7 +8,7 @@ from traceserve_runtime.tasks import TASKS
 
 from traceserve.building.checkpoints.original import Original
 
-RECEIPT = "products"  # its key in the receipt
+PRODUCTS_KEY = "products"  # its key in the receipt
 _LENGTHS = (32, 64)  # counted, unless the model reads less
 
 

@@ -7,9 +7,10 @@ import json
 import shlex
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, List, Tuple
+from typing import TYPE_CHECKING, List, Optional, Tuple
 
 from traceserve.archives.names import STORE
+from traceserve.building.config import CONFIG_FILE
 from traceserve.commands.compare import compare_formats
 from traceserve.commands.contract import Command
 from traceserve.commands.printing import (
@@ -27,13 +28,15 @@ if TYPE_CHECKING:
 
     from traceserve.building.exported import Exported
     from traceserve.building.gate.findings import Findings, TokenCounts
+    from traceserve.building.gate_options import GateOptions
 
-CONFIG = Path("setup_config.json")
 _NOT_COMPARED = ("output", "store", "version", "force", "keep_samples", "allow_drift")  # options of a build alone
 
 
 def _add_config(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--config", type=Path, default=CONFIG, metavar="FILE", help="the configuration [%(default)s]")
+    parser.add_argument(
+        "--config", type=Path, default=Path(CONFIG_FILE), metavar="FILE", help="the configuration [%(default)s]"
+    )
     parser.add_argument(
         "--output",
         type=Path,
@@ -100,7 +103,7 @@ def _add_build(parser: argparse.ArgumentParser) -> None:
 
 
 def _export(options: argparse.Namespace) -> int:
-    make(options, with_archive=False)
+    make(options.config, _gate(options), options.output, force=options.force)
     return 0
 
 
@@ -115,30 +118,38 @@ def _build(options: argparse.Namespace) -> int:
         return compare_formats(options)
     if options.json:
         raise ConfigError("--json is for --compare; a build's figures are in NAME.report.json beside the archive")
-    make(options, with_archive=True)
+    make(options.config, _gate(options), options.output, options.store, options.version, options.force)
     return 0
 
 
-def make(options: argparse.Namespace, with_archive: bool) -> Path:
-    """Export, and archive; both appear at the end, or neither. Returns the archive's or the artifact's path."""
+def _gate(options: argparse.Namespace) -> GateOptions:
+    from traceserve.building.gate_options import GateOptions
+
+    return GateOptions(options.samples, options.allow_drift, options.keep_samples)
+
+
+def make(
+    config: Path,
+    gate: GateOptions,
+    output: Optional[Path] = None,
+    store: Optional[Path] = None,
+    version: Optional[str] = None,
+    force: bool = False,
+) -> Path:
+    """Export, and archive if there is a store; both appear at the end, or neither. Returns the archive's or the artifact's
+    path."""
     from traceserve.archives import staging
     from traceserve.building.config import parsing, targets
-    from traceserve.errors import ConfigError
 
-    if options.keep_samples and options.samples is None:
-        raise ConfigError(
-            "--keep-samples keeps the samples of --samples FILE, and there is none; give it, or leave both out"
-        )
-    loaded = parsing.load_config(options.config)
+    loaded = parsing.load_config(config)
     for note in loaded.notes:
         print_note(note, error=True)
-    store, version = (options.store, options.version) if with_archive else (None, None)
-    written = targets.build_targets(loaded, options.output, store, version, options.force)
+    written = targets.build_targets(loaded, output, store, version, force)
     from traceserve.building.packing import export_and_pack
 
     started = time.monotonic()
     with ProgressBar() as bar:
-        exported = export_and_pack(loaded, written, bar, options.samples, options.allow_drift, options.keep_samples)
+        exported = export_and_pack(loaded, written, bar, gate)
     if exported.note:
         print_line(exported.note)
     made = written.archive or written.artifact
@@ -169,15 +180,15 @@ def _print_exported(exported: Exported, path: Path, seconds: float) -> None:
     from rich.table import Table
 
     from traceserve.archives.shapes_in_words import describe_shapes
+    from traceserve.machine import space
 
     manifest, findings = exported.manifest, exported.findings
-    size = path.stat().st_size if path.is_file() else sum(f.stat().st_size for f in path.rglob("*") if f.is_file())
     table = Table(show_header=False, box=None, pad_edge=False)
     table.add_column(style="dim")
     table.add_column(overflow="fold")
     for label, value in (
         ("file", str(path)),
-        ("size", megabytes(size)),
+        ("size", megabytes(space.size([path]))),
         ("task", f"{manifest.task} ({exported.task_found})" if exported.task_found else manifest.task),
         ("parameters", f"{exported.parameters:,}"),
         *_save_mode(exported),

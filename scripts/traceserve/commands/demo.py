@@ -29,21 +29,12 @@ def _demo(options: argparse.Namespace) -> int:
     from rich.table import Table
 
     from traceserve.building.checkpoints import demo
+    from traceserve.building.gate_options import GateOptions
     from traceserve.serving import client, configuration, instances, server
 
     screen = console()
-    defaults = argparse.Namespace(
-        config=demo.CONFIG,
-        output=None,
-        store=STORE,
-        samples=None,
-        keep_samples=False,
-        allow_drift=False,
-        force=True,
-        version=None,
-    )
     _print_heading(screen, "build: fit, trace, compare, pack")
-    path = make(defaults, with_archive=True)
+    path = make(demo.CONFIG, GateOptions(), store=STORE, force=True)
     _print_heading(screen, "serve: TorchServe")
     port = options.port or configuration.free_ports(1)[0]
     started = time.monotonic()

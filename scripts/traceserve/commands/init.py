@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Optional, Sequence
 
+from traceserve.building.config import CONFIG_FILE
 from traceserve.commands.arguments import require_no_folder
 from traceserve.commands.contract import Command
 from traceserve.commands.printing import console, print_line, printable, printable_json
@@ -29,8 +30,8 @@ def _add_init(parser: argparse.ArgumentParser) -> None:
         *("--output", "-o"),
         type=Path,
         metavar="FILE",
-        default=Path("setup_config.json"),
-        help="the file to write [setup_config.json]",
+        default=Path(CONFIG_FILE),
+        help="the file to write [%(default)s]",
     )
     parser.add_argument("--force", action="store_true", help="replace an existing one")
 
@@ -106,7 +107,7 @@ def _print_proposal(found: Proposal, output: Path) -> None:
     console().print(table, highlight=False)
     if found.notes:
         print_line(found.notes)
-    config = "" if output == Path("setup_config.json") else f" --config {shlex.quote(str(output))}"
+    config = "" if output == Path(CONFIG_FILE) else f" --config {shlex.quote(str(output))}"
     print_line(f"\nnext:  traceserve build{config}")
 
 

@@ -8,7 +8,7 @@ from typing import Mapping, Optional
 from traceserve_runtime.manifest import Manifest
 
 from traceserve.building.config.dtypes import multiplied
-from traceserve.building.products import RECEIPT
+from traceserve.building.products import PRODUCTS_KEY
 
 TORCH_DEVICES = {"cpu": "cpu", "gpu": "cuda"}  # torch's names, by hardware; the peak of other chips is not measured
 
@@ -29,7 +29,7 @@ class Arithmetic:
 
 def arithmetic_of(manifest: Manifest) -> Optional[Arithmetic]:
     """Return what the build counted; None for an archive that does not say, or runs on another chip."""
-    counted = manifest.receipt.get(RECEIPT)
+    counted = manifest.receipt.get(PRODUCTS_KEY)
     if not isinstance(counted, Mapping) or manifest.hardware not in TORCH_DEVICES:
         return None
     dtype = multiplied(manifest.dtype, manifest.hardware)

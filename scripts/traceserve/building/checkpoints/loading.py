@@ -38,6 +38,7 @@ from traceserve.errors import ExportError
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+_PARALLEL = "TOKENIZERS_PARALLELISM"  # without it tokenizers warns where a process forks
 # The inputs that the runtime makes, in positional order.
 INPUTS = ("input_ids", "attention_mask", "token_type_ids")
 
@@ -138,6 +139,11 @@ def _vector_size(embedding: Embedding, model: PreTrainedModel) -> Optional[int]:
 @contextlib.contextmanager
 def quiet_transformers() -> Iterator[None]:
     """Suppress transformers' progress bars and warnings: important ones are raised as errors."""
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
-    with pretrained.quiet():
-        yield
+    mine = _PARALLEL not in os.environ
+    os.environ.setdefault(_PARALLEL, "true")
+    try:
+        with pretrained.quiet():
+            yield
+    finally:
+        if mine:
+            os.environ.pop(_PARALLEL, None)

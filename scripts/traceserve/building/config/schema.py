@@ -8,11 +8,11 @@ from typing import Any, Dict, List, Mapping
 from traceserve_runtime.tasks import TASKS
 from traceserve_runtime.texts.tokenization import LONG_INPUTS
 
-from traceserve.building.config import formats, libraries, task_names
+from traceserve.building.config import CONFIG_FILE, formats, libraries, task_names
 from traceserve.building.config.hardware import FIXED_SHAPES, HARDWARE
 from traceserve.building.config.libraries import LIBRARIES
 from traceserve.building.config.save_modes import SAVE_MODES
-from traceserve.building.config.setup_config import AUTO_TASK, CONFIG_FILE, RENAMED, WITHOUT_MEANING, SetupConfig
+from traceserve.building.config.setup_config import AUTO_TASK, RENAMED, WITHOUT_MEANING, SetupConfig
 
 
 def json_schema() -> Dict[str, object]:

@@ -17,7 +17,6 @@ from traceserve.building.config.hardware import HARDWARE
 from traceserve.building.config.libraries import LIBRARIES
 from traceserve.building.config.save_modes import SAVE_MODES
 
-CONFIG_FILE = "setup_config.json"
 AUTO_TASK = "auto"  # until the checkpoint is available
 GGUF_FILE = r"^\w[\w .+()-]*(/\w[\w .+()-]*)*\.gguf$"  # a path within the checkpoint
 

@@ -28,7 +28,7 @@ from traceserve.building.gate.reference import Reference, tokens_of
 from traceserve.building.gate.verification import built_in_samples
 
 GOLDEN_FILE = "golden.json"
-RECEIPT = "golden"  # its key in the receipt
+GOLDEN_KEY = "golden"  # its key in the receipt
 FORMAT = 1
 MOST, MOST_WRITTEN, MOST_OWN = 64, 8, 256  # built-in samples, those of a task that writes text, and the user's own
 MOST_BYTES = 1 << 20  # of the file; what does not fit is left out
@@ -116,7 +116,7 @@ def with_golden_set(
         "bytes": path.stat().st_size,
     }
     files = dict(sorted({**manifest.files, GOLDEN_FILE: sha256(path)}.items()))
-    return replace(manifest, files=files, receipt={**manifest.receipt, RECEIPT: told}), p50
+    return replace(manifest, files=files, receipt={**manifest.receipt, GOLDEN_KEY: told}), p50
 
 
 def _answered(task: Task, reference: Reference, own: Sequence[Request]) -> Iterator[GoldenSample]:

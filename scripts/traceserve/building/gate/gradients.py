@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Optional
+from typing import List, Optional, Sequence
 
 import numpy as np
 from traceserve_runtime.engine import Engine
@@ -47,8 +47,8 @@ def differs(folder: Path) -> Optional[str]:
     rows = {row.length: row for each in encoded if not isinstance(each, TraceserveError) for row in each.rows}
     fitting = sorted(n for n in rows if manifest.shapes.shortest <= n <= _LONGEST)
     limit = LIMITS[manifest.dtype].difference
-    for number in range(min(_LENGTHS, len(fitting))):
-        row = rows[fitting[number * (len(fitting) - 1) // max(1, _LENGTHS - 1)]]
+    for length in _spread(fitting):
+        row = rows[length]
         inputs = repeated(columns(row, manifest, row.encoding.ids), _ROWS)
         try:
             served, own = engine.runner(inputs), model.outputs(model.embed(inputs["input_ids"]), inputs)
@@ -65,6 +65,12 @@ def differs(folder: Path) -> Optional[str]:
         if not finite:
             return "its gradients are 0 or not numbers"
     return None
+
+
+def _spread(lengths: Sequence[int]) -> List[int]:
+    """Return a few of these lengths: the first, the last, and others evenly between them."""
+    count = min(_LENGTHS, len(lengths))
+    return [lengths[number * (len(lengths) - 1) // max(1, count - 1)] for number in range(count)]
 
 
 def _has_gradients(model: Differentiable, inputs: Arrays, outputs: Arrays) -> bool:

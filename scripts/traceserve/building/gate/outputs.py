@@ -6,7 +6,7 @@ import math
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Dict, Iterator, List, Sequence, Tuple, Union
+from typing import Dict, Iterator, List, NamedTuple, Sequence, Tuple, Union
 
 import numpy as np
 from traceserve_runtime.batching import batches
@@ -14,7 +14,7 @@ from traceserve_runtime.batching.batches import Stats
 from traceserve_runtime.engine import Engine
 from traceserve_runtime.errors import TraceserveError
 from traceserve_runtime.generation.steps import FEEDS
-from traceserve_runtime.manifest import Manifest, TokenizerFacts
+from traceserve_runtime.manifest import Manifest, Shapes, TokenizerFacts
 from traceserve_runtime.runner import Arrays
 from traceserve_runtime.runtimes.caches import FIXED_STATES
 from traceserve_runtime.texts.rows import Encoded, Row, Segments
@@ -33,6 +33,14 @@ BATCHES = (1, 2, 5)
 _MOST_TOKENS = 1024  # per cell, except with two rows
 _CONSTANT = 1e-5  # outputs that vary by less, relative as in Limit, are the same for all texts
 _PARTS = 3  # or a few more, in which prompts are read
+
+
+class GridCell(NamedTuple):
+    """How many rows run together, at which length, and whether they are padded to it."""
+
+    batch: int
+    length: int
+    padded: bool
 
 
 def _read_forced(engine: Engine, rows: Sequence[Row], manifest: Manifest, part: float = math.inf) -> List[Arrays]:
@@ -60,49 +68,75 @@ def _difference_in_parts(engine: Engine, rows: Sequence[Row], expected: Sequence
 def compare_outputs(
     engine: Engine, reference: Reference, rows: GridRows, findings: Findings, progress: Progress
 ) -> None:
-    manifest, original = engine.manifest, reference.original
-    expected: Dict[Tuple[int, int], Arrays] = {}
-    per_token = [output.name for output in engine.task.outputs if output.per_token]
-    loop = engine.task.loop
-    grid = list(_grid(manifest))
-    most = _longest_row(engine)
-    keeps_past = FIXED_STATES in manifest.runtime or reference.reads_only_new_tokens
-    in_parts = bool(loop) and FEEDS[loop].together(manifest.shapes) and keeps_past
-    of_texts: Dict[str, List[Tuple[np.ndarray, np.ndarray]]] = {}
-    if not loop:
-        of_texts = {output: [] for output in manifest.outputs if output not in per_token}
-        numbers = [(min(n, most), i) for cell in grid for i, n in enumerate(_row_lengths(manifest, *cell))]
-        wanted = (Wanted(("row", *number), rows.get(*number), dict) for number in dict.fromkeys(numbers))
-        reference.prepare(wanted, manifest.outputs, partial(progress, "running the original"))
-    for step, (batch, length, padded) in enumerate(grid):
-        progress(f"comparing outputs of {findings.variant}", step, len(grid))
-        lengths = [min(n, most) for n in _row_lengths(manifest, batch, length, padded)]
-        shapes = manifest.shapes
-        if padded and batch == 1:  # as with `length_step`
-            shapes = shapes.stepped(min(length, most), manifest.max_length)
-        run_as = replace(manifest, shapes=shapes)
-        keys = [(row_length, i) for i, row_length in enumerate(lengths)]
-        for key in keys:
-            row = rows.get(*key)
-            if loop:
-                compute = partial(run_forced, original, loop, row)
-            else:
-                compute = partial(run_original, original, row, manifest.outputs)
-            expected[key] = reference.outputs(("row", *key), compute)
-        if loop:
-            got = _read_forced(engine, [rows.get(*key) for key in keys], run_as)
-        else:
-            got = batches.run_batch(engine.runner, [rows.get(*key) for key in keys], run_as, per_token, Stats())
+    """Add to the findings each output's largest difference in each cell of the grid, those of prompts that are read in parts
+    where a worker may do so, and the share of each output's variance that is lost."""
+    manifest, most = engine.manifest, _longest_row(engine)
+    cells = [(cell, _row_keys(manifest, cell, most)) for cell in _grid(manifest)]
+    if not engine.task.loop:
+        wanted = dict.fromkeys(key for _, keys in cells for key in keys)
+        prepared = (Wanted(("row", *key), rows.get(*key), dict) for key in wanted)
+        reference.prepare(prepared, manifest.outputs, partial(progress, "running the original"))
+    in_parts, longest = _reads_in_parts(engine, reference), cells[-1][0].length
+    of_texts: Dict[str, List[Tuple[np.ndarray, np.ndarray]]] = {output: [] for output in _outputs_of_texts(engine)}
+    for step, (cell, keys) in enumerate(cells):
+        progress(f"comparing outputs of {findings.variant}", step, len(cells))
+        read = [rows.get(*key) for key in keys]
+        expected = [_expected(engine, reference, row, key) for row, key in zip(read, keys)]
+        got = _read_rows(engine, read, replace(manifest, shapes=_shapes_of(manifest, cell, most)))
         for output in manifest.outputs:
-            differences = [_difference(one[output], expected[key][output]) for one, key in zip(got, keys)]
-            findings.cells.append(Cell(batch, length, padded, output, float(np.max(differences))))
+            pairs = [(one[output], other[output]) for one, other in zip(got, expected)]
+            findings.cells.append(Cell(*cell, output, float(np.max([_difference(*pair) for pair in pairs]))))
             if output in of_texts:
-                of_texts[output] += [(one[output], expected[key][output]) for one, key in zip(got, keys)]
-        if in_parts and length == grid[-1][1]:
-            difference = _difference_in_parts(engine, [rows.get(*key) for key in keys], [expected[key] for key in keys])
-            findings.in_parts.append(Cell(batch, length, padded, "logits", difference))
+                of_texts[output] += pairs
+        if in_parts and cell.length == longest:
+            findings.in_parts.append(Cell(*cell, "logits", _difference_in_parts(engine, read, expected)))
     findings.unexplained = {output: unexplained_variance(results) for output, results in of_texts.items()}
-    progress(f"comparing outputs of {findings.variant}", len(grid), len(grid))
+    progress(f"comparing outputs of {findings.variant}", len(cells), len(cells))
+
+
+def _row_keys(manifest: Manifest, cell: GridCell, most: int) -> List[Tuple[int, int]]:
+    """Return the length and the number of each row in a cell."""
+    return [(min(length, most), number) for number, length in enumerate(_row_lengths(manifest, *cell))]
+
+
+def _shapes_of(manifest: Manifest, cell: GridCell, most: int) -> Shapes:
+    """Return the shapes with which a cell is run: a padded row by itself as with `length_step`."""
+    if cell.padded and cell.batch == 1:
+        return manifest.shapes.stepped(min(cell.length, most), manifest.max_length)
+    return manifest.shapes
+
+
+def _per_token(engine: Engine) -> List[str]:
+    return [output.name for output in engine.task.outputs if output.per_token]
+
+
+def _outputs_of_texts(engine: Engine) -> List[str]:
+    """Return the outputs that are of whole texts; none of a loop."""
+    per_token = _per_token(engine)
+    return [] if engine.task.loop else [output for output in engine.manifest.outputs if output not in per_token]
+
+
+def _reads_in_parts(engine: Engine, reference: Reference) -> bool:
+    """Return whether a worker may read prompts in parts."""
+    loop, manifest = engine.task.loop, engine.manifest
+    if not loop or not FEEDS[loop].together(manifest.shapes):
+        return False
+    return FIXED_STATES in manifest.runtime or reference.reads_only_new_tokens
+
+
+def _expected(engine: Engine, reference: Reference, row: Row, key: Tuple[int, int]) -> Arrays:
+    """Return the original's outputs for a row."""
+    original, loop = reference.original, engine.task.loop
+    if loop:
+        return reference.outputs(("row", *key), partial(run_forced, original, loop, row))
+    return reference.outputs(("row", *key), partial(run_original, original, row, engine.manifest.outputs))
+
+
+def _read_rows(engine: Engine, rows: Sequence[Row], run_as: Manifest) -> List[Arrays]:
+    """Return the graph's outputs for rows that run together."""
+    if engine.task.loop:
+        return _read_forced(engine, rows, run_as)
+    return batches.run_batch(engine.runner, rows, run_as, _per_token(engine), Stats())
 
 
 def _longest_row(engine: Engine) -> int:
@@ -111,8 +145,8 @@ def _longest_row(engine: Engine) -> int:
     return engine.manifest.max_length - (FORCED_STEPS if loop and LOOPS[loop].writes_behind else 0)
 
 
-def _grid(manifest: Manifest) -> Iterator[Tuple[int, int, bool]]:
-    """Yield batch, length, padded: every allowed length, or a spread of them; batches up to the limit.
+def _grid(manifest: Manifest) -> Iterator[GridCell]:
+    """Yield the cells: every allowed length, or a spread of them; batches up to the limit.
 
     Fewer long rows: five of 512 tokens took half of the gate's time, and two suffice to show the influence of
     neighbours.
@@ -123,9 +157,9 @@ def _grid(manifest: Manifest) -> Iterator[Tuple[int, int, bool]]:
     for length in lengths:
         fitting = max(2, _MOST_TOKENS // length)
         for batch in dict.fromkeys(min(batch, fitting) for batch in BATCHES if batch <= most_rows):
-            yield batch, length, False
+            yield GridCell(batch, length, False)
             if manifest.shapes.padded:
-                yield batch, length, True
+                yield GridCell(batch, length, True)
 
 
 def _row_lengths(manifest: Manifest, batch: int, length: int, padded: bool) -> List[int]:

@@ -18,6 +18,7 @@ from traceserve_runtime.errors import reason
 from traceserve_runtime.runtimes.aot_inductor import INSTRUCTIONS, MACHINE, TORCH
 from traceserve_runtime.versions import release_of
 
+from traceserve.archives.contents import EPOCH
 from traceserve.building.checkpoints.original import Original
 from traceserve.building.config.save_modes import Target
 from traceserve.building.writers.contract import Written
@@ -109,7 +110,7 @@ def _repack(package: Path, file: Path) -> None:
             if not name.endswith(".cpp"):
                 content = source.read(name)
                 plain = b"0" * len(content) if name.endswith("serialization_id") else content
-                target.writestr(zipfile.ZipInfo(name, (1980, 1, 1, 0, 0, 0)), plain)
+                target.writestr(zipfile.ZipInfo(name, EPOCH), plain)
 
 
 @contextlib.contextmanager

@@ -20,7 +20,7 @@ from traceserve.building.config.dtypes import DTYPES
 from traceserve.building.config.save_modes import Target
 from traceserve.building.writers.contract import NoGradients, Written
 from traceserve.building.writers.lowering import precision
-from traceserve.building.writers.tracing.loops import GRAPHS
+from traceserve.building.writers.tracing.loops import loop_graphs
 from traceserve.building.writers.tracing.wrapping import example, once
 from traceserve.errors import ExportError, UnwritableError
 
@@ -81,8 +81,7 @@ def _step_inputs(original: Original, task: Type[Task], with_fixed: bool) -> Tupl
     The model is called once, so that a missing output is found here.
     """
     if task.loop:
-        length = min(EXAMPLE_LENGTH, original.max_length - 2)
-        _, step = GRAPHS[task.loop](original, EXAMPLE_BATCH, length, with_fixed)
+        _, step = loop_graphs(original, EXAMPLE_BATCH, EXAMPLE_LENGTH, with_fixed)
         return step.inputs, {PAST: step.keeps_past, **({FIXED_STATES: step.fixed} if step.fixed else {})}
     module = once(original, [output.name for output in task.outputs])
     module(*example(original, EXAMPLE_BATCH, min(EXAMPLE_LENGTH, original.max_length)))

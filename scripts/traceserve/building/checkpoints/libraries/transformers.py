@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 from typing import TYPE_CHECKING, Any, Callable, Dict, List, Mapping, Optional, Tuple
 
 from traceserve_runtime.tasks import TASKS
@@ -11,6 +10,7 @@ from traceserve_runtime.versions import release_of
 from traceserve.building.checkpoints import adapter_weights, head_weights, heads
 from traceserve.building.checkpoints.checkpoint import Checkpoint
 from traceserve.building.checkpoints.gguf import located
+from traceserve.building.checkpoints.seeding import seeded
 from traceserve.building.config.setup_config import SetupConfig
 from traceserve.errors import SourceError, first_line, some
 
@@ -23,20 +23,16 @@ if TYPE_CHECKING:
 Read = Callable[..., Tuple["PreTrainedModel", Mapping[str, Any]]]
 
 
+@seeded()  # a missing head is random, but always the same
 def load(config: SetupConfig, checkpoint: Checkpoint) -> Tuple[PreTrainedModel, Optional[str]]:
     """Load the task's auto-model; raises SourceError, also if the checkpoint lacks weights that the task needs.
 
     Also returns a note on weights that the model does not read.
     """
-    import numpy as np
     import torch
     import transformers
 
     auto_model = getattr(transformers, TASKS[config.task].auto_model)
-    # A missing head is random, but always the same.
-    random.seed(0)
-    np.random.seed(0)
-    torch.manual_seed(0)
     weights = checkpoint if checkpoint.adapter is None else checkpoint.adapter.base
 
     def read(**options: object) -> Tuple[PreTrainedModel, Mapping[str, Any]]:

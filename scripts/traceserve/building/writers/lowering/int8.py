@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Dict, Iterator, Optional, Sequence, Tuple
 
 import torch
 
-from traceserve.building.writers.lowering.sensitivity import Inputs, Layer, linears, measure_layers, replace
+from traceserve.building.writers.lowering.sensitivity import Inputs, Layer, linears, measure_layers, replace_module
 from traceserve.building.writers.tracing import torch_internals
 from traceserve.errors import ExportError
 
@@ -116,7 +116,7 @@ def quantized(
         made = copy.deepcopy(model)
         for name, replacement in replacements.items():
             if name not in kept:
-                replace(made, name, replacement)
+                replace_module(made, name, replacement)
         yield made, kept
 
 

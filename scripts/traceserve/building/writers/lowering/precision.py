@@ -30,6 +30,7 @@ from traceserve.building.writers.lowering import int8, sensitivity
 from traceserve.building.writers.lowering.sensitivity import Inputs, Layer
 from traceserve.errors import ExportError
 
+_MEASURED = 64  # texts at most, on which layers to leave are compared where calibration reads more
 KEPT_SHARES = (0.2, 0.4)  # of the linear layers, left in float32 if half precision changes too many answers otherwise
 _ROUNDING = 2.0**-11  # float16's own, relative; weights beyond its range lose more
 
@@ -163,6 +164,11 @@ def inputs_of(original: Original, texts: Sequence[TextOrPair]) -> List[Inputs]:
         {name: torch.cat([read[name] for read in group]) for name in original.inputs if name in group[0]}
         for group in alike.values()
     ]
+
+
+def measured_inputs(original: Original, texts: Sequence[TextOrPair]) -> List[Inputs]:
+    """Return the model's inputs for a spread of the texts, enough to compare layers on: built-in texts come first in them."""
+    return inputs_of(original, texts[:: max(1, -(-len(texts) // _MEASURED))])
 
 
 PRECISIONS: Dict[str, Precision] = {

@@ -55,7 +55,7 @@ def linears(model: torch.nn.Module) -> Dict[str, torch.nn.Linear]:
     return {name: module for name, module in model.named_modules() if type(module) is torch.nn.Linear}
 
 
-def replace(model: torch.nn.Module, name: str, module: torch.nn.Module) -> None:
+def replace_module(model: torch.nn.Module, name: str, module: torch.nn.Module) -> None:
     """Replace the module of this name in a model."""
     parent, _, last = name.rpartition(".")
     setattr(model.get_submodule(parent), last, module)
@@ -99,11 +99,11 @@ def _measure(
     def measure() -> Dict[str, float]:
         moved = {}
         for name, module in called.items():
-            replace(model, name, change(module, largest[name]).eval())
+            replace_module(model, name, change(module, largest[name]).eval())
             try:
                 differences: List[torch.Tensor] = [got - one for got, one in zip(_outputs(model, batches), exact)]
             finally:
-                replace(model, name, module)
+                replace_module(model, name, module)
             moved[name] = sum(float(one.square().mean()) * _rows(batch) for one, batch in zip(differences, batches))
         return moved
 

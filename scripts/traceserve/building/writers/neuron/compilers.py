@@ -82,8 +82,6 @@ def package(hardware: str) -> object:
     try:
         return importlib.import_module(name)
     except (ImportError, OSError) as error:  # OSError: linked against another torch
-        import torch
-
         raise ExportError(
             f'"hardware": "{hardware}" is compiled by the package {name}, which cannot be imported beside torch '
             f"{torch.__version__}: {error}; docs/inferentia.md describes such an environment"
@@ -150,7 +148,8 @@ def _share(before: OperatorCounts, after: OperatorCounts) -> Optional[float]:
 def _said(workdir: Path) -> str:
     """Return the last line of the compiler's logs, as the end of an error."""
     logs = sorted(path for path in workdir.rglob("*log*") if path.is_file() and path.suffix in (".txt", ".log"))
-    lines: List[str] = [line for path in logs for line in path.read_text(errors="replace").splitlines() if line.strip()]
+    texts = [path.read_text(encoding="utf-8", errors="replace") for path in logs]
+    lines: List[str] = [line for text in texts for line in text.splitlines() if line.strip()]
     return f"; its log ends with: {lines[-1].strip()[:200]}" if lines else ""
 
 

@@ -1,7 +1,6 @@
 """Exports a module to an ONNX graph, with torch's tracing exporter.
 
-It records the same as `torch.jit.trace`, and supports every task. The newer one (`dynamo=True`) was tried with torch
-2.13:
+It records the same as `torch.jit.trace`, and supports every task. The newer one (`dynamo=True`) was tried with torch 2.13:
 torch.export does not accept the steps of generation, and takes ten times as long.
 """
 
@@ -9,18 +8,15 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Dict, Iterator, NamedTuple, Tuple, Type
 
 import torch
-from traceserve_runtime.errors import reason
 from traceserve_runtime.runtimes.onnx import PAST, PRESENT
 
 from traceserve.building.checkpoints.original import Original
-from traceserve.building.writers.tracing.loops import GRAPHS
-from traceserve.building.writers.tracing.wrapping import example, once, traceable
-from traceserve.errors import UnwritableError
+from traceserve.building.writers.tracing.loops import traced_loop
+from traceserve.building.writers.tracing.wrapping import example, once, tracing_of
 
 if TYPE_CHECKING:
     import onnx
@@ -55,10 +51,7 @@ def of_loop(
     original: Original, task: Type[Task], batch: int, length: int
 ) -> Tuple[OnnxGraph, OnnxGraph, Tuple[str, ...]]:
     """Return the graphs `start` and `step` of a looping model, see `tracing.loops`; and a step's inputs."""
-    start, step = GRAPHS[task.loop](original, batch, min(length, original.max_length - 2))
-    with torch.no_grad():
-        states = start.module(*start.example)
-        grown = len(step.module(*step.example)) - len(task.outputs)
+    start, step, states, grown = traced_loop(original, batch, length, len(task.outputs))
     past = tuple(f"{PAST}{i}" for i in range(len(states)))
     present = tuple(f"{PRESENT}{i}" for i in range(len(states)))
     # Keys and values are (batch, heads, length, size); tokens, and an encoder's output, (batch, length, ...).
@@ -86,23 +79,17 @@ def export_graph(graph: OnnxGraph, original: Original, opset: int, scratch: Path
     known = inspect.signature(torch.onnx.export).parameters
     options: Dict[str, Any] = {"dynamo": False} if "dynamo" in known else {}  # since torch 2.1
     file = scratch / "exported.onnx"
-    try:
-        with warnings.catch_warnings(), traceable(original.model), torch.no_grad(), _attention(original.model, eager):
-            warnings.simplefilter("ignore")  # tracer warnings: the gate checks their suspicions
-            torch.onnx.export(
-                graph.module.eval(),
-                graph.example,
-                str(file),
-                input_names=list(graph.inputs),
-                output_names=list(graph.outputs),
-                dynamic_axes=graph.axes,
-                opset_version=opset,
-                **options,
-            )
-    except (RuntimeError, ValueError, TypeError, AttributeError, IndexError, NotImplementedError) as error:
-        raise UnwritableError(
-            f"torch.onnx.export cannot export {type(original.model).__name__}: {reason(error)}"
-        ) from error
+    with tracing_of(original, "torch.onnx.export cannot export"), _attention(original.model, eager):
+        torch.onnx.export(
+            graph.module.eval(),
+            graph.example,
+            str(file),
+            input_names=list(graph.inputs),
+            output_names=list(graph.outputs),
+            dynamic_axes=graph.axes,
+            opset_version=opset,
+            **options,
+        )
     return load(str(file))
 
 

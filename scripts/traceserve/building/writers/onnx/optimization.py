@@ -64,4 +64,4 @@ def fuse(
         counts = result.get_fused_operator_statistics()
     finally:
         logging.disable(before)
-    return result.model, {kind: count for kind, count in sorted(counts.items()) if count}
+    return result.model, {kind: count for kind, count in counts.items() if count}

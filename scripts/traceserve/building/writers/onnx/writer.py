@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Dict, Iterable, List, Sequence, Tuple, Type
 
@@ -58,7 +59,7 @@ def write(original: Original, task: Type[Task], shapes: Shapes, folder: Path, ta
     level = onnx_optimization.LEVELS[optimization]
     made: Dict[str, onnx.ModelProto] = {}
     plain: Dict[str, onnx.ModelProto] = {}
-    fused: Dict[str, int] = {}
+    fused: Counter[str] = Counter()
     with tempfile.TemporaryDirectory(prefix=".onnx.", dir=folder) as name:
         for number, graph in enumerate(graphs):
             scratch = Path(name, str(number))
@@ -68,7 +69,7 @@ def write(original: Original, task: Type[Task], shapes: Shapes, folder: Path, ta
                 plain[graph.file] = weights.copy_model(model)
             int8.quantize(model, original.model)
             model, counts = onnx_optimization.fuse(model, original.model, level, bool(task.loop))
-            fused = {kind: fused.get(kind, 0) + count for kind, count in counts.items()}
+            fused.update(counts)
             made[graph.file] = model
         files = weights.write_models(made, folder, MODEL_FILE + WEIGHTS)
         if plain:
@@ -81,7 +82,7 @@ def write(original: Original, task: Type[Task], shapes: Shapes, folder: Path, ta
             LEVEL: level.session,
             "opset": target.options["opset"],
             "optimization": optimization,
-            "fused": fused,
+            "fused": dict(sorted(fused.items())),
         },
         {"onnxruntime": onnxruntime.__version__},
     )

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import warnings
 from typing import Any, Iterator, Sequence, Tuple
 
 import torch
-from traceserve_runtime.errors import reason
 
 from traceserve.building.checkpoints.original import Original
 from traceserve.building.writers.tracing.graphs import trace
-from traceserve.building.writers.tracing.wrapping import traceable
+from traceserve.building.writers.tracing.wrapping import tracing_of
 from traceserve.errors import UnwritableError
 
 
@@ -26,20 +24,15 @@ def convert_traced(
 ) -> Any:
     """Trace a module of the original's model, and convert the trace; raises UnwritableError with the reason."""
     kind = type(original.model).__name__
-    try:
-        with warnings.catch_warnings(), traceable(original.model), _nothing_concatenated(), torch.no_grad():
-            warnings.simplefilter("ignore")  # tracer warnings: the gate checks their suspicions
-            traced = trace(module.eval(), example)
-    except (RuntimeError, ValueError, TypeError, AttributeError, IndexError, NotImplementedError) as error:
-        raise UnwritableError(f"torch.jit.trace cannot trace {kind}: {reason(error)}") from error
+    with tracing_of(original), _nothing_concatenated():
+        traced = trace(module.eval(), example)
     failures = openvino.frontend
     try:
         with _same_root_logger():
             model = openvino.convert_model(traced, example_input=example)
     except (RuntimeError, failures.OpConversionFailure, failures.OpValidationFailure, failures.GeneralFailure) as error:
-        last = (
-            str(error).strip().rsplit("\n", 1)[-1].lstrip("- ")
-        )  # a report, of which the first lines name its own files
+        # A report, of which the first lines name OpenVINO's own files.
+        last = str(error).strip().rsplit("\n", 1)[-1].lstrip("- ")
         raise UnwritableError(f"OpenVINO cannot convert {kind}: {last}") from error
     for ports, names in ((model.inputs, inputs), (model.outputs, outputs)):
         if len(ports) != len(names):

@@ -5,34 +5,27 @@ A range belongs to a tensor, not to a batch, so answers do not depend on the res
 
 from __future__ import annotations
 
-import contextlib
-import io
-import logging
-import re
 from dataclasses import replace
 from typing import Any, Iterator, List, Sequence
 
 import torch
-from traceserve_runtime.runtimes.openvino import library
 from traceserve_runtime.tasks.contract import TextOrPair
 
 from traceserve.building.checkpoints.original import Original
 from traceserve.building.writers.lowering import precision
 from traceserve.building.writers.lowering.int8 import body_layers, ladder, smoothing
+from traceserve.building.writers.openvino.quantizer import DTYPE, SMALLEST, layer_of, quantizer, without_bars
 from traceserve.errors import ExportError
 
-DTYPE = "int8"
 # Calibration: channels that are large in few texts only are clipped without them.
 TEXTS = 256
 # The share of the inputs' range that is moved into the weights. NNCF's 0.95 makes more of the weights' rounding than it
 # saves of the inputs': outputs of a classifier, a tagger and an encoder moved a tenth to a sixth less with this one.
 _ALPHA = 0.85
-_MEASURED = 64  # texts, on which layers to leave are compared
 # Operators that stay as they are, whatever is beside them; a graph may have none. Embeddings, as in the other save
 # modes; and attention, which is computed in float32 anyhow: NNCF would round its queries and keys for nothing.
 _LEFT_TYPES = ["Gather", "ScaledDotProductAttention"]
 _LARGEST = 127
-_SMALLEST = 1e-12
 
 
 class StaticLinear(torch.nn.Module):
@@ -55,16 +48,14 @@ class StaticLinear(torch.nn.Module):
 
 
 def _rounded(values: torch.Tensor, largest: torch.Tensor) -> torch.Tensor:
-    scale = (largest / _LARGEST).clamp(min=_SMALLEST)
+    scale = (largest / _LARGEST).clamp(min=SMALLEST)
     return (values / scale).round().clamp(-_LARGEST, _LARGEST) * scale
 
 
 def to_calibrate(original: Original, texts: Sequence[TextOrPair]) -> Iterator[Original]:
     """Yield the original with its inputs for these texts, and more and more layers to leave in float32."""
     calibration = tuple(precision.inputs_of(original, texts))
-    for _, kept in ladder(
-        original.model, precision.inputs_of(original, texts[:: -(-len(texts) // _MEASURED)]), StaticLinear
-    ):
+    for _, kept in ladder(original.model, precision.measured_inputs(original, texts), StaticLinear):
         yield replace(original, dtype=DTYPE, kept=kept, calibration=calibration)
 
 
@@ -73,7 +64,7 @@ def quantize_statically(model: Any, original: Original) -> Any:
     are."""
     nncf = quantizer()
     rows = _single_rows(original)
-    with contextlib.redirect_stdout(io.StringIO()):  # progress bars
+    with without_bars():
         return nncf.quantize(
             model,
             nncf.Dataset(rows),
@@ -92,15 +83,6 @@ def quantize_statically(model: Any, original: Original) -> Any:
         )
 
 
-def quantizer() -> Any:
-    """Import and return NNCF, without telemetry and progress bars; raises ImportError."""
-    library()  # makes the telemetry unimportable
-    import nncf
-
-    logging.getLogger("nncf").setLevel(logging.ERROR)  # nncf.set_log_level also changes handlers, which may be others'
-    return nncf
-
-
 def _single_rows(original: Original) -> List[Any]:
     """Return each calibration row by itself: NNCF's statistics are of what it is given at once."""
     return [
@@ -115,13 +97,7 @@ def _left(model: Any, original: Original) -> List[str]:
     tell its layers apart."""
     layers = set(body_layers(original.model))
     products = [node.get_friendly_name() for node in model.get_ordered_ops() if node.get_type_name() == "MatMul"]
-    owners = {name: _layer_of(name) for name in products}
+    owners = {name: layer_of(name) for name in products}
     if not {*original.kept} <= {*owners.values()} or not layers & {*owners.values()}:
         raise ExportError(f"OpenVINO's graph of {type(original.model).__name__} does not name its linear layers")
     return [name for name, layer in owners.items() if layer not in layers or layer in original.kept]
-
-
-def _layer_of(product: str) -> str:
-    """Return the name of the linear layer to which this product belongs: the traced module's is in its own."""
-    found = re.match(r"__module\.model\.(.+)/aten::linear/", product)
-    return found.group(1) if found else ""

@@ -6,9 +6,6 @@ the output most are left, by the ladder of every save mode.
 
 from __future__ import annotations
 
-import contextlib
-import io
-import re
 from dataclasses import replace
 from typing import Any, Dict, Iterator, List, Sequence
 
@@ -19,11 +16,9 @@ from traceserve.building.checkpoints.original import Original
 from traceserve.building.writers.lowering import precision
 from traceserve.building.writers.lowering.int8 import ladder
 from traceserve.building.writers.lowering.sensitivity import Inputs
-from traceserve.building.writers.openvino.int8 import DTYPE, quantizer
+from traceserve.building.writers.openvino.quantizer import DTYPE, SMALLEST, layer_of, quantizer, without_bars
 
-_MEASURED = 64  # texts, on which layers to leave are compared
 _STEPS = 255
-_SMALLEST = 1e-12
 
 
 class RoundedWeights(torch.nn.Module):
@@ -35,7 +30,7 @@ class RoundedWeights(torch.nn.Module):
         weight = layer.weight.detach().float()
         weight = weight if isinstance(layer, torch.nn.Linear) else weight.t()
         low, high = weight.amin(1, keepdim=True).clamp(max=0), weight.amax(1, keepdim=True).clamp(min=0)
-        scale = ((high - low) / _STEPS).clamp(min=_SMALLEST)
+        scale = ((high - low) / _STEPS).clamp(min=SMALLEST)
         zero = (-low / scale).round()
         self.weight = ((weight / scale + zero).round().clamp(0, _STEPS) - zero) * scale
         self.bias = layer.bias
@@ -47,7 +42,7 @@ class RoundedWeights(torch.nn.Module):
 
 def to_round(original: Original, texts: Sequence[TextOrPair]) -> Iterator[Original]:
     """Yield the original with more and more layers to leave in float32."""
-    batches = [_with_written(original, batch) for batch in precision.inputs_of(original, texts[:_MEASURED])]
+    batches = [_with_written(original, batch) for batch in precision.measured_inputs(original, texts)]
     for _, kept in ladder(original.model, batches, RoundedWeights, _layers(original.model)):
         yield replace(original, dtype=DTYPE, kept=kept)
 
@@ -56,7 +51,7 @@ def round_weights(model: Any, original: Original) -> Any:
     """Return an OpenVINO model, converted from the original, with int8 weights except in its layers to
     leave."""
     nncf = quantizer()
-    with contextlib.redirect_stdout(io.StringIO()):  # progress bars
+    with without_bars():
         return nncf.compress_weights(
             model,
             mode=nncf.CompressWeightsMode.INT8_ASYM,
@@ -85,14 +80,8 @@ def _with_written(original: Original, batch: Inputs) -> Inputs:
 def _kept_operators(model: Any, original: Original) -> List[str]:
     """Return the names of the products of the layers to leave, and of all else that reads the same weights."""
     products = [node for node in model.get_ordered_ops() if node.get_type_name() == "MatMul"]
-    kept = [node for node in products if _layer_name(node.get_friendly_name()) in original.kept]
+    kept = [node for node in products if layer_of(node.get_friendly_name()) in original.kept]
     return sorted({reader.get_friendly_name() for node in kept for reader in _same_weights(node)})
-
-
-def _layer_name(product: str) -> str:
-    """Return the name of the layer to which a product belongs: the traced module's is in its own."""
-    found = re.match(r"__module\.(?:module\.)?model\.(.+)/aten::\w+/", product)
-    return found.group(1) if found else ""
 
 
 def _same_weights(product: Any) -> List[Any]:

@@ -12,7 +12,7 @@ from traceserve_runtime.runtimes.openvino_steps import PAST, PRESENT, ROWS
 from traceserve.building.checkpoints.original import Original
 from traceserve.building.writers.openvino.conversion import convert_traced
 from traceserve.building.writers.tracing.graphs import TRACED_BATCH, TRACED_LENGTH
-from traceserve.building.writers.tracing.loops import GRAPHS, LoopGraph
+from traceserve.building.writers.tracing.loops import LoopGraph, traced_loop
 
 Shape = Tuple[int, ...]
 
@@ -41,10 +41,7 @@ class _Rest(torch.nn.Module):
 
 def loop_models(openvino: Any, original: Original, outputs: Sequence[str]) -> LoopModels:
     """Trace and convert a loop's graphs; raises UnwritableError with the model's own reason."""
-    start, step = GRAPHS[original.loop](original, TRACED_BATCH, min(TRACED_LENGTH, original.max_length - 2))
-    with torch.no_grad():
-        states = start.module(*start.example)
-        grown = len(step.module(*step.example)) - len(outputs)
+    start, step, states, grown = traced_loop(original, TRACED_BATCH, TRACED_LENGTH, len(outputs))
     past = [f"{PAST}{i}" for i in range(len(states))]
     present = [f"{PRESENT}{i}" for i in range(grown)]
     model = convert_traced(openvino, original, step.module, step.example, [*step.inputs, *past], [*outputs, *present])

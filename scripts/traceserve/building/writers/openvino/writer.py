@@ -19,6 +19,7 @@ from traceserve.building.writers.lowering.precision import check_processor
 from traceserve.building.writers.openvino import int8, int8_weights
 from traceserve.building.writers.openvino.conversion import convert_traced
 from traceserve.building.writers.openvino.loops import loop_models
+from traceserve.building.writers.openvino.quantizer import DTYPE, quantizer
 from traceserve.building.writers.openvino.weights import save_models
 from traceserve.building.writers.tracing.graphs import TRACED_BATCH, TRACED_LENGTH
 from traceserve.building.writers.tracing.wrapping import example, once
@@ -38,8 +39,8 @@ def check(dtype: str, target: Target) -> None:
     """Raise ExportError without the packages, or if the gate could not run the result here."""
     try:
         openvino = library()
-        if dtype == int8.DTYPE:
-            int8.quantizer()
+        if dtype == DTYPE:
+            quantizer()
     except ImportError as error:
         raise ExportError(
             f"save_mode openvino needs more packages: pip install 'traceserve[openvino]' ({error})"
@@ -54,7 +55,7 @@ def check(dtype: str, target: Target) -> None:
 def lowered(original: Original, dtype: str, texts: Sequence[TextOrPair], hardware: str) -> Iterable[Original]:
     """Return the original: OpenVINO lowers its precision itself, for bfloat16 when it loads the model; for int8 several
     times, with more and more layers to leave."""
-    if dtype == int8.DTYPE:
+    if dtype == DTYPE:
         if not original.loop:  # whose weights alone are rounded
             check_processor(dtype)
         return int8_weights.to_round(original, texts) if original.loop else int8.to_calibrate(original, texts)
@@ -65,12 +66,12 @@ def write(original: Original, task: Type[Task], shapes: Shapes, folder: Path, ta
     """Write the graphs and their weights; see Writer. Raises ExportError with the model's own reason."""
     openvino = library()
     versions = {"openvino": openvino.__version__.partition("-")[0]}
-    if original.dtype == int8.DTYPE:
-        versions["nncf"] = int8.quantizer().__version__
+    if original.dtype == DTYPE:
+        versions["nncf"] = quantizer().__version__
     graphs, step_inputs = _graphs(openvino, original, task, shapes)
     files = save_models(openvino, graphs, folder, original.dtype in _HALVED)
     runtime: Dict[str, object] = {START: START_FILE} if START_FILE in graphs else {}
-    if original.dtype == int8.DTYPE and task.loop:
+    if original.dtype == DTYPE and task.loop:
         runtime[ROUNDED] = processor.native(original.dtype)  # the gate sees what this processor computes
     return Written(step_inputs, files[1:], runtime, versions)
 
@@ -81,10 +82,10 @@ def _graphs(
     """Return OpenVINO's models by file: one for all shapes, or those of a loop; and a step's inputs."""
     if not task.loop:
         model = converted(openvino, original, task, shapes)
-        return {MODEL_FILE: int8.quantize_statically(model, original) if original.dtype == int8.DTYPE else model}, ()
+        return {MODEL_FILE: int8.quantize_statically(model, original) if original.dtype == DTYPE else model}, ()
     models = loop_models(openvino, original, [output.name for output in task.outputs])
     graphs = {MODEL_FILE: models.step, **({} if models.start is None else {START_FILE: models.start})}
-    if original.dtype == int8.DTYPE:
+    if original.dtype == DTYPE:
         graphs = {file: int8_weights.round_weights(model, original) for file, model in graphs.items()}
     return graphs, models.inputs
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import warnings
 from pathlib import Path
 from typing import Any, Dict, Iterator, Tuple
 
@@ -21,7 +20,7 @@ from traceserve.building.writers.contract import NoGradients
 from traceserve.building.writers.lowering import precision
 from traceserve.building.writers.tracing.graphs import TRACED_BATCH, TRACED_LENGTH, together, trace, write_module
 from traceserve.building.writers.tracing.recurrences import recurrences_of_any_length
-from traceserve.building.writers.tracing.wrapping import Wrapped, example, traceable
+from traceserve.building.writers.tracing.wrapping import TRACING_ERRORS, Wrapped, as_traced, example
 from traceserve.errors import NoSpace
 
 _EMBED, _OUTPUTS = "embed", "outputs"
@@ -36,8 +35,7 @@ def write_gradients(original: Original, manifest: Manifest, folder: Path) -> Tup
     model: Any = original.model
     try:
         embeddings = word_embeddings(model)
-        with warnings.catch_warnings(), traceable(model), torch.no_grad(), precision.tracing(original.dtype):
-            warnings.simplefilter("ignore")
+        with as_traced(model), precision.tracing(original.dtype):
             inputs = example(original, TRACED_BATCH, min(TRACED_LENGTH, original.max_length))
             ids = inputs[original.inputs.index("input_ids")]
             look_up = LookUp(embeddings)
@@ -54,7 +52,7 @@ def write_gradients(original: Original, manifest: Manifest, folder: Path) -> Tup
         raise
     except NotDifferentiable as error:
         raise NoGradients(str(error)) from error
-    except (RuntimeError, ValueError, TypeError, AttributeError, IndexError, KeyError, NotImplementedError) as error:
+    except (*TRACING_ERRORS, KeyError) as error:
         raise NoGradients(f"torch.jit.trace cannot trace it from its embeddings: {reason(error)}") from error
     return (GRADIENTS_FILE, PLACES_FILE)
 

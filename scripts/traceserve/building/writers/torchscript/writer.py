@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import warnings
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Collection, Dict, Optional, Tuple, Type
 
 import torch
-from traceserve_runtime.errors import reason
 from traceserve_runtime.manifest import sha256
 from traceserve_runtime.runtimes.caches import FIXED_STATES
 from traceserve_runtime.runtimes.torchscript.reader import FILLED, UNPADDED
@@ -30,10 +28,9 @@ from traceserve.building.writers.tracing.graphs import (
     trace,
     write_module,
 )
-from traceserve.building.writers.tracing.loops import GRAPHS, LoopGraph
+from traceserve.building.writers.tracing.loops import LoopGraph, loop_graphs
 from traceserve.building.writers.tracing.recurrences import recurrences_of_any_length
-from traceserve.building.writers.tracing.wrapping import example, once, traceable
-from traceserve.errors import ExportError, NoSpace, UnwritableError
+from traceserve.building.writers.tracing.wrapping import example, once, tracing_of
 
 if TYPE_CHECKING:
     from traceserve_runtime.manifest import Manifest, Shapes
@@ -67,20 +64,12 @@ def write(original: Original, task: Type[Task], shapes: Shapes, folder: Path, ta
     """
     # A compiler lowers the dtype itself.
     dtype = "float32" if target.hardware in FIXED_SHAPES else original.dtype
-    try:
-        with warnings.catch_warnings(), traceable(original.model), torch.no_grad(), precision.tracing(dtype):
-            warnings.simplefilter("ignore")  # tracer warnings: the gate checks their suspicions
-            if target.hardware in FIXED_SHAPES:
-                return neuron.write(original, task, shapes, folder, target)
-            with recurrences_of_any_length(original.model):
-                saved, step = _loop(original, task) if task.loop else (_single(original, task, shapes), None)
-            write_module(saved, folder / MODEL_FILE)
-    except (ExportError, NoSpace):
-        raise
-    except (RuntimeError, ValueError, TypeError, AttributeError, IndexError, NotImplementedError) as error:
-        raise UnwritableError(
-            f"torch.jit.trace cannot trace {type(original.model).__name__}: {reason(error)}"
-        ) from error
+    with tracing_of(original), precision.tracing(dtype):
+        if target.hardware in FIXED_SHAPES:
+            return neuron.write(original, task, shapes, folder, target)
+        with recurrences_of_any_length(original.model):
+            saved, step = _loop(original) if task.loop else (_single(original, task, shapes), None)
+        write_module(saved, folder / MODEL_FILE)
     unpadded = (
         None if task.loop or shapes.graph_per_shape or not shapes.padded else _unpadded(original, folder / MODEL_FILE)
     )
@@ -131,8 +120,8 @@ def _single(original: Original, task: Type[Task], shapes: Shapes) -> torch.nn.Mo
     )
 
 
-def _loop(original: Original, task: Type[Task]) -> Tuple[torch.nn.Module, LoopGraph]:
-    start, step = GRAPHS[task.loop](original, TRACED_BATCH, min(TRACED_LENGTH, original.max_length - 2), True)
+def _loop(original: Original) -> Tuple[torch.nn.Module, LoopGraph]:
+    start, step = loop_graphs(original, TRACED_BATCH, TRACED_LENGTH, True)
     return together({"start": trace(start.module, start.example), "step": trace(step.module, step.example)}), step
 
 
@@ -140,7 +129,7 @@ def _examples(original: Original, task: Type[Task], shapes: Shapes) -> Dict[str,
     """Return each graph's inputs, by name, or "" for the only one; with other shapes than in tracing."""
     if task.loop:
         with torch.no_grad(), precision.tracing(original.dtype):
-            start, step = GRAPHS[task.loop](original, 2, min(8, original.max_length - 2), True)
+            start, step = loop_graphs(original, 2, 8, True)
         return {"start": start.example, "step": step.example}
     if not shapes.graph_per_shape:
         return {"": example(original, 2, max(shapes.lengths) if shapes.lengths else min(8, original.max_length))}

@@ -18,6 +18,7 @@ from traceserve.building.writers.tracing.wrapping import Wrapped, example
 from traceserve.errors import ExportError
 
 _CHECKED = 3  # tokens
+_WRITTEN = 2  # tokens, for which an example leaves room
 _NEAR = 0.02  # of logits: bfloat16's rounding
 
 
@@ -30,6 +31,16 @@ class LoopGraph(NamedTuple):
     inputs: Tuple[str, ...]
     keeps_past: bool
     fixed: int = 0
+
+
+class TracedLoop(NamedTuple):
+    """A loop's graphs; the state that `start` gives and a step takes behind its inputs, and how many of the state's first
+    tensors a step gives back, grown."""
+
+    start: LoopGraph
+    step: LoopGraph
+    states: Tuple[torch.Tensor, ...]
+    grown: int
 
 
 def _decoder_graphs(
@@ -109,7 +120,21 @@ def _example(original: Original, batch: int, length: int) -> Tuple[torch.Tensor,
 
 # From the original, a batch and a length to the graphs of start and step; and whether its save mode keeps states of a
 # fixed size, as only decoders have them. Without, such a model rereads its whole text for each token.
-GRAPHS: Dict[str, Callable[..., Tuple[LoopGraph, LoopGraph]]] = {
+LOOP_GRAPHS: Dict[str, Callable[..., Tuple[LoopGraph, LoopGraph]]] = {
     "decoder": _decoder_graphs,
     "encoder_decoder": _encoder_decoder_graphs,
 }
+
+
+def loop_graphs(original: Original, batch: int, length: int, with_fixed: bool = False) -> Tuple[LoopGraph, LoopGraph]:
+    """Return the graphs of start and step, with examples of rows of this length, or shorter where the model reads less."""
+    return LOOP_GRAPHS[original.loop](original, batch, min(length, original.max_length - _WRITTEN), with_fixed)
+
+
+def traced_loop(original: Original, batch: int, length: int, outputs: int) -> TracedLoop:
+    """Run both graphs once; `outputs` of a step are no state."""
+    start, step = loop_graphs(original, batch, length)
+    with torch.no_grad():
+        states = start.module(*start.example)
+        grown = len(step.module(*step.example)) - outputs
+    return TracedLoop(start, step, states, grown)

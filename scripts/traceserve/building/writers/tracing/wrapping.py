@@ -5,15 +5,20 @@ from __future__ import annotations
 import contextlib
 import re
 import sys
+import warnings
 from typing import Any, Callable, Iterator, List, Optional, Sequence, Tuple, Union
 
 import torch
+from traceserve_runtime.errors import reason
 from traceserve_runtime.runtimes.calling import Single
 
 from traceserve.building.checkpoints.original import Original
+from traceserve.errors import ExportError, NoSpace, UnwritableError
 
 Result = Union[torch.Tensor, Tuple[torch.Tensor, ...]]
 
+# What the tracer, and models that cannot be traced, raise.
+TRACING_ERRORS = (RuntimeError, ValueError, TypeError, AttributeError, IndexError)
 _REMOTE = "transformers_modules"  # transformers' package for checkpoints' own code
 _OURS = "traceserve.building"
 # A trace contains the class names of its modules. Ours keep these names even if their files move, so that the same
@@ -46,14 +51,33 @@ def once(original: Original, outputs: Sequence[str]) -> Wrapped:
 
 
 @contextlib.contextmanager
+def as_traced(model: torch.nn.Module) -> Iterator[None]:
+    """Let a model be traced: changed where it has to be, without gradients, and without the tracer's warnings, since the gate
+    checks their suspicions."""
+    with warnings.catch_warnings(), traceable(model), torch.no_grad():
+        warnings.simplefilter("ignore")
+        yield
+
+
+@contextlib.contextmanager
+def tracing_of(original: Original, act: str = "torch.jit.trace cannot trace") -> Iterator[None]:
+    """Let the original be traced; raises UnwritableError with its own reason if it cannot be, which begins with `act`."""
+    try:
+        with as_traced(original.model):
+            yield
+    except (ExportError, NoSpace):
+        raise
+    except TRACING_ERRORS as error:
+        raise UnwritableError(f"{act} {type(original.model).__name__}: {reason(error)}") from error
+
+
+@contextlib.contextmanager
 def masks_without_vmap() -> Iterator[None]:
     """Make transformers build attention masks by broadcasting, like version 5.
 
     transformers 4.53 to 4.57 build a decoder's masks with torch.vmap, which torch.jit.trace cannot handle
-    ("unordered_map::at"). The
-    private name of its implementation, `_vmap_for_bhqkv`, is gone in version 5, which needs none of this. It can go
-    with the
-    support of 4.57.
+    ("unordered_map::at"). The private name of its implementation, `_vmap_for_bhqkv`, is gone in version 5, which needs none
+    of this. It can go with the support of 4.57.
     """
     try:
         from transformers import masking_utils as untyped
