@@ -256,6 +256,22 @@ def test_a_form_of_another_charset_is_refused_by_its_name() -> None:
     assert error.status == 415 and '"shift_jis"' in error.message
 
 
+@pytest.mark.parametrize(
+    "media", ["multipart/mixed; boundary=x", "Multipart/Related; boundary=x", "multipart/form-data"]
+)
+def test_other_multipart_bodies_are_refused(media: str) -> None:
+    """TorchServe's frontend, and servers of our own, hand them over unparsed."""
+    source = b"--x\r\nContent-Type: text/plain\r\n\r\nWhere is my parcel?\r\n--x--\r\n"
+    for row, headers in (
+        ({"body": source}, Headers(media, len(source), parts={"body": media})),
+        ({"data": source}, Headers(MULTIPART, parts={"data": media})),
+        ({"data": source}, GRPC._replace(parts={"data": media})),
+    ):
+        error = refusal(row, headers)
+        assert type(error) is UnsupportedMedia and "only multipart/form-data with its boundary" in error.message
+        assert media.lower().partition(";")[0] in error.message
+
+
 CSV = [
     ("inputs\nWhere is my parcel?\nI lost my card.", [{"text": "Where is my parcel?"}, {"text": "I lost my card."}]),
     ("text\r\none\r\n\r\ntwo\r\n", [{"text": "one"}, {"text": "two"}]),

@@ -306,6 +306,13 @@ def test_a_part_of_an_unknown_charset_is_refused(classifier: Service) -> None:
     assert answer.status == 415 and '"klingon"' in answer.json["error"]["message"]
 
 
+@pytest.mark.parametrize("kind", ["mixed", "related"])
+def test_a_multipart_body_that_is_no_form_is_refused(kind: str, classifier: Service) -> None:
+    body = multipart(("text", "", TEXT.encode()))
+    answer = run(Hosted(classifier).ask("/predictions/small", body, content_type=f"multipart/{kind}; boundary=x"))
+    assert answer.status == 415 and f"multipart/{kind} is not supported" in answer.json["error"]["message"]
+
+
 # Limits
 
 
