@@ -115,6 +115,11 @@ class Service:
         except Exception as error:  # an outer edge: only this call fails
             return failures.unexpected(error, "it read this request")
 
+    def reply_to(self, exchange: Exchange, result: _Result, stats: Stats) -> Reply:
+        """Return the response to a call that is being answered."""
+        result = exchange.failure(result, stats) if isinstance(result, TraceserveError) else result
+        return self.reply(exchange.call, exchange.protocol, result, stats)
+
     def reply(self, call: Call, protocol: Protocol, result: _Result, stats: Stats) -> Reply:
         """Return the response to a call."""
         if isinstance(result, TraceserveError):
@@ -212,17 +217,22 @@ class Exchange:
                 answers.append(answer)
                 continue
             placed = _at(answer, body.field_path(i, answer.field))
-            if not stream.started:
-                return placed
-            failures.log([placed])
-            stats.count_error(placed)
-            return _Answered(Document(stream.ended(placed), stream.content_type))
+            if stream.started:
+                failures.log([placed])
+            return self.failure(placed, stats)
         if body.requests and task.streams(body.requests[0]):
             answer = answers[0].continued
             last = stream.rest(str(answer.value), answer)
             return _Answered(Document(last, stream.content_type), answers)
         document = body.protocol.reply(answers, served)
         return _Answered(document if isinstance(document, Document) else Document(document), answers)
+
+    def failure(self, error: TraceserveError, stats: Stats) -> _Result:
+        """Return the response to an error, which ends a stream that has begun: its status was already sent."""
+        if not self._stream.started:
+            return error
+        stats.count_error(error)
+        return _Answered(Document(self._stream.ended(error), self._stream.content_type))
 
 
 class Session:
@@ -291,7 +301,7 @@ class Session:
         results = [failures.contained("it wrote this answer", partial(self._result, each)) for each in done]
         failures.log(results)
         for each, result in zip(done, results):
-            each.reply = self._service.reply(each.call, each.protocol, result, self._stats)
+            self._reply(each, result)
             self._service.show(each, result)
         return done
 
@@ -308,4 +318,7 @@ class Session:
         unexpected = failures.unexpected(error, "it answered this request")
         failures.log([unexpected] * len(exchanges))
         for each in exchanges:
-            each.reply = self._service.reply(each.call, each.protocol, unexpected, self._stats)
+            self._reply(each, unexpected)
+
+    def _reply(self, exchange: Exchange, result: _Result) -> None:
+        exchange.reply = self._service.reply_to(exchange, result, self._stats)
