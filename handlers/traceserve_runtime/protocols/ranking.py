@@ -7,7 +7,7 @@ from typing import Dict, List, Mapping, Sequence
 
 from traceserve_runtime.errors import InvalidRequest, TraceserveError, WrongTask
 from traceserve_runtime.json_types import Json, json_objects
-from traceserve_runtime.protocols import tei
+from traceserve_runtime.protocols import bodies, tei
 from traceserve_runtime.protocols.bodies import Headers
 from traceserve_runtime.protocols.contract import Body, Refusal, Served
 from traceserve_runtime.protocols.fields import (
@@ -61,7 +61,7 @@ class Rerank:
     def read(self, parts: Mapping[str, object], headers: Headers, served: Served, group: int) -> Body:
         """Read one request."""
         value = json_body(parts, headers, served)
-        if "texts" in value and "documents" not in value:
+        if _is_tei(value):
             return self._tei.read_value(value, served, group)
         asked: Dict[str, object] = {
             **read_keys(value, _RERANK),
@@ -74,14 +74,18 @@ class Rerank:
 
     def error(self, error: TraceserveError, parts: Mapping[str, object], headers: Headers, served: Served) -> Refusal:
         """Return the error in the caller's format."""
-        body = parts.get("body")
-        ours = (
-            b'"texts"' in body if isinstance(body, (bytes, bytearray)) else isinstance(body, dict) and "texts" in body
-        )
-        if ours:
+        try:
+            value = bodies.read_body(parts, headers, served.task, served.manifest.max_rows)
+        except TraceserveError:  # whose body nobody can read
+            value = None
+        if _is_tei(value):
             return self._tei.error(error, parts, headers, served)
         document = error_document(error)
         return Refusal.of({**document, "message": error.message, "detail": error.message}, error)
+
+
+def _is_tei(value: object) -> bool:
+    return isinstance(value, dict) and "texts" in value and "documents" not in value
 
 
 def _list(value: Mapping[str, object], name: str) -> List[object]:

@@ -8,7 +8,7 @@ from typing import Dict, Mapping, Optional, Sequence
 import numpy as np
 
 from traceserve_runtime import __version__
-from traceserve_runtime.errors import InputTooLong, InvalidRequest, ModelFailure, NotFound, TraceserveError, WrongTask
+from traceserve_runtime.errors import InputTooLong, InvalidRequest, ModelFailure, TraceserveError, WrongTask
 from traceserve_runtime.json_types import Json, JsonObject
 from traceserve_runtime.protocols.bodies import Headers
 from traceserve_runtime.protocols.contract import Body, Document, Form, Refusal, Served
@@ -55,7 +55,7 @@ _RERANK: Dict[str, Key] = {
 }
 _SIMILARITY: Dict[str, Key] = {**_LENGTHS, "prompt_name": Key("prompt_name")}
 
-# Kind, status and phrase of each error; all others are a backend's.
+# Kind, status and phrase of errors that have others than ours.
 _KINDS = (
     (InputTooLong, "Validation", 413, "Request Entity Too Large"),
     (InvalidRequest, "Validation", 422, "Unprocessable Entity"),
@@ -71,7 +71,7 @@ class Errors:
         for kind, name, status, phrase in _KINDS:
             if isinstance(error, kind):
                 return Refusal({"error": in_words(error), "error_type": name}, status, phrase)
-        kind_name = "Validation" if isinstance(error, (NotFound, WrongTask)) else "Backend"
+        kind_name = "Validation" if error.status < 500 else "Backend"
         return Refusal.of({"error": in_words(error), "error_type": kind_name}, error)
 
 
