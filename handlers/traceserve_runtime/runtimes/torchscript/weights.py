@@ -79,6 +79,6 @@ def _tensor(mapped: mmap.mmap, place: Place) -> torch.Tensor:
     import torch
 
     count, dtype = math.prod(place.shape), getattr(torch, place.dtype)
-    if not count:  # `torch.frombuffer` refuses it
+    if not count and not place.offset:  # as a weight without values is written; `torch.frombuffer` refuses it
         return torch.empty(place.shape, dtype=dtype)
     return torch.frombuffer(mapped, dtype=dtype, count=count, offset=place.offset).view(place.shape)
