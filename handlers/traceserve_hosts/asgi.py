@@ -38,8 +38,9 @@ from typing import (
 )
 from urllib.parse import parse_qsl
 
-from traceserve_hosts import KEY_FILE_VARIABLE, KEY_VARIABLE
+from traceserve_hosts import KEY_FILE_VARIABLE
 from traceserve_hosts.batcher import Asked, Batcher, Piece
+from traceserve_hosts.keys import given_key
 
 if TYPE_CHECKING:
     from traceserve_runtime.service import Call, Reply, Service
@@ -299,16 +300,14 @@ class Application:
 
 
 def key_from_environment() -> Union[str, Path, None]:
-    """The key that this process demands, or the file that holds it; raises RuntimeError for a blank one.
-
-    A secret that was made of a file often ends with its line break, which no header can hold.
-    """
-    file, given = os.environ.get(KEY_FILE_VARIABLE), os.environ.get(KEY_VARIABLE)
+    """The key that this process demands, or the file that holds it; raises RuntimeError for a blank one."""
+    file = os.environ.get(KEY_FILE_VARIABLE)
     if file:
         return Path(file)
-    if given and not given.strip():
-        raise RuntimeError(f"{KEY_VARIABLE} is blank: set it to a key, or leave it out where none is to be demanded")
-    return given.strip() if given else None
+    try:
+        return given_key()
+    except ValueError as error:
+        raise RuntimeError(f"{error} where none is to be demanded") from None
 
 
 async def guarded(answer: Asgi, scope: Scope, receive: Receive, send: Send) -> None:

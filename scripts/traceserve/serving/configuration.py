@@ -9,6 +9,8 @@ import socket
 from pathlib import Path
 from typing import Dict, List, Mapping, Tuple
 
+from traceserve_hosts.addresses import is_only_local
+
 from traceserve.archives.contents import configure_unpacked, unpack
 from traceserve.archives.model_config import Serving
 from traceserve.errors import ServerError
@@ -116,13 +118,14 @@ def demands_keys(host: str, front: FrontendOptions) -> bool:
 
 
 def is_loopback(host: str) -> bool:
-    """Return whether `host` is reachable only from this machine."""
-    if host == "localhost":
+    """Return whether `host` is reachable only from this machine; raises ServerError for a name, but localhost."""
+    if is_only_local(host):
         return True
     try:
-        return ipaddress.ip_address(host).is_loopback
+        ipaddress.ip_address(host)
     except ValueError:
         raise ServerError(f"--host should be an IP address or localhost, not {host}") from None
+    return False
 
 
 # One file of limited size. TorchServe's default writes five, and halves the throughput. The workers' output for every
