@@ -10,6 +10,7 @@ import json
 import time
 import tracemalloc
 import zlib
+from types import SimpleNamespace
 from typing import Any, Dict, List, Mapping, Type
 
 import pytest
@@ -17,7 +18,7 @@ from traceserve_runtime.errors import InputTooLong, InvalidRequest, TraceserveEr
 from traceserve_runtime.protocols.bodies import Headers
 from traceserve_runtime.protocols.contract import Body
 from traceserve_runtime.protocols.kserve import Instances
-from traceserve_runtime.protocols.native import Plain, ServedModel
+from traceserve_runtime.protocols.native import Plain
 from traceserve_runtime.protocols.requests import parse_requests
 from traceserve_runtime.tasks.contract import Request, Task
 from traceserve_runtime.tasks.question_answering import QuestionAnswering
@@ -456,7 +457,8 @@ def test_texts_of_model_infer_are_in_base64() -> None:
     body = read({"body": infer([TEXT.encode(), b"b"])}, INFER)
     assert texts(body) == [TEXT, "b"]
     named = {"datatype": "BYTES", "shape": [1], "data": [{"label": "x"}]}
-    answer = body.protocol.document([{"label": "x"}], ServedModel("m", "1"))
+    model: Any = SimpleNamespace(name="m", version="1")
+    answer = body.protocol.document([{"label": "x"}], model)
     assert answer == {"model_name": "m", "model_version": "1", "id": "7", "outputs": [{"name": "output", **named}]}
     error = refusal({"body": infer([b"\xff"])}, INFER)
     assert error.field == "inputs[0].data[0]" and "not UTF-8 text at byte 0" in error.message

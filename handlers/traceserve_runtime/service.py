@@ -100,8 +100,8 @@ class Service:
     def read(self, call: Call, index: int, protocol: Protocol) -> Union[Body, Document, TraceserveError]:
         """Return a call's requests, a document that needs no model, or an error."""
         try:
-            if call.headers.ended:
-                raise NotOffered("StreamPredictions2 needs TorchServe's sequence batching")
+            if call.headers.refused:
+                raise NotOffered(call.headers.refused)
             with failures.panics():  # token ids are decoded here
                 body = protocol.read(call.parts, call.headers, self.served, index)
             if isinstance(body, Body) and not body.streamable and any(map(self.engine.task.streams, body.requests)):

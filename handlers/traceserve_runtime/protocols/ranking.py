@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Dict, List, Mapping, Sequence
 
-from traceserve_runtime.errors import InvalidRequest, TraceserveError, WrongTask
+from traceserve_runtime.errors import InvalidRequest, TraceserveError
 from traceserve_runtime.json_types import Json, json_objects
 from traceserve_runtime.protocols import bodies, tei
 from traceserve_runtime.protocols.bodies import Headers
@@ -24,6 +24,7 @@ from traceserve_runtime.protocols.fields import (
     read_keys,
     require_key,
     text_requests,
+    wrong_task,
 )
 from traceserve_runtime.protocols.openai.shared import OpenAiErrors, error_document, head, usage
 from traceserve_runtime.protocols.requests import checked_fields
@@ -131,8 +132,8 @@ class Score(OpenAiErrors):
 
     def read(self, parts: Mapping[str, object], headers: Headers, served: Served, group: int) -> Body:
         """Make one request per pair."""
-        if "documents" not in {field.name for field in served.task.fields}:
-            raise WrongTask(f"this model's task is {served.task.name}; pairs are scored by one of text_ranking")
+        if not served.task.has_field("documents"):
+            raise wrong_task(served, "pairs are scored", "text_ranking")
         value = json_body(parts, headers, served)
         parameters = check_values(read_keys(value, _SCORE), served, foreign_names(_SCORE))
         first, second = ([text for text, _ in named_texts(value, name)] for name in ("text_1", "text_2"))

@@ -188,6 +188,16 @@ class Task:
         return (*cls.parameters, LONG_INPUTS_PARAMETER if cls.merges_windows else WITHOUT_WINDOWS)
 
     @classmethod
+    def has_field(cls, name: str) -> bool:
+        """Return whether requests may have this field."""
+        return any(field.name == name for field in cls.fields)
+
+    @classmethod
+    def has_parameter(cls, name: str) -> bool:
+        """Return whether requests may have this parameter."""
+        return any(parameter.name == name for parameter in cls.all_parameters())
+
+    @classmethod
     def texts_of(cls, request: Request) -> List[TextOrPair]:
         """Return the texts, or pairs of texts, that a model typically reads for a request; none of a chat. A builder shows
         them to it, before there is an artifact and so a task: see `segments` for what a worker reads."""
