@@ -20,7 +20,7 @@ import weakref
 import zlib
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, AsyncIterator, Awaitable, Callable, Dict, List, NamedTuple, Optional, Sequence, Tuple, Type
+from typing import Any, AsyncIterator, Awaitable, Callable, Dict, List, NamedTuple, Optional, Tuple, Type
 
 import pytest
 from conftest import run_export
@@ -63,8 +63,8 @@ class Hosted:
         self.batcher = Batcher(service, most, delay, self._report)
         self.application = Application(service, self.batcher, limits)
 
-    def _report(self, stats: Stats, calls: Sequence[object], seconds: float) -> None:
-        self.batches.append(len(calls))
+    def _report(self, stats: Stats, calls: int, seconds: float) -> None:
+        self.batches.append(calls)
         self.rows.append(stats.rows)
 
     async def ask(self, path: str, body: Any = None, method: str = "", **headers: str) -> Answer:

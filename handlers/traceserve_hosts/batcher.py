@@ -27,8 +27,8 @@ logger = logging.getLogger(__name__)
 _LONGEST_REST = 0.05  # seconds; calls that come end it
 _SECONDS_IDLE = 0.02  # without a request, until the engine is told that nobody waits
 
-# Called after each turn: what was computed, the calls that were in it, and the seconds that it took.
-Report = Callable[["Stats", Sequence[object], float], None]
+# Called after each turn: what was computed, the number of calls that were in it, and the seconds that it took.
+Report = Callable[["Stats", int, float], None]
 
 
 class Piece(NamedTuple):
@@ -175,7 +175,7 @@ class Batcher:
         that wait behind long ones would wait for their end."""
         return self._most - len(self._joined) if self._service.engine.task.loop else self._most
 
-    def _tell(self, stats: Stats, calls: Sequence[object], seconds: float) -> None:
+    def _tell(self, stats: Stats, calls: int, seconds: float) -> None:
         if self._report is not None:
             try:
                 self._report(stats, calls, seconds)
@@ -237,8 +237,8 @@ class _Running:
         rest: float = getattr(self._session, "rest", 0.0)
         return rest
 
-    def turn(self) -> Sequence[object]:
-        """Go one step further, and deliver the replies that there are now; returns the calls that were in it."""
+    def turn(self) -> int:
+        """Go one step further, and deliver the replies that there are now; returns the number of calls that were in it."""
         for job, exchange in self.calls:
             if job.gone:
                 self._session.leave(exchange)
@@ -248,7 +248,7 @@ class _Running:
             if exchange.reply is not None:
                 self._loop.call_soon_threadsafe(job.tell, exchange.reply)
         self.calls = [each for each in calls if each[1].reply is None]
-        return calls
+        return len(calls)
 
     def _sender(self, job: Asked) -> SendPiece:
         def send(body: bytes, headers: Mapping[str, str]) -> None:

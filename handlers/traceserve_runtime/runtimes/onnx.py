@@ -13,7 +13,7 @@ from traceserve_runtime import processor
 from traceserve_runtime.errors import InvalidManifest, MissingPackage, reason
 from traceserve_runtime.manifest import Manifest
 from traceserve_runtime.runner import Arrays, Padding, State
-from traceserve_runtime.runtimes.positions import joined_rows
+from traceserve_runtime.runtimes.positions import PAST, joined_rows
 from traceserve_runtime.runtimes.variants import Variant
 from traceserve_runtime.settings import Settings
 from traceserve_runtime.versions import release_of
@@ -21,8 +21,6 @@ from traceserve_runtime.versions import release_of
 # `Manifest.runtime`: each graph's file, and ONNX Runtime's optimization level when loading it.
 GRAPHS, LEVEL = "graphs", "graph_optimization_level"
 MODEL, START, STEP = "model", "start", "step"  # the graph of a single pass, and those of a loop
-# Prefixes of a loop's state in the inputs and outputs of the graph `step`; a number follows.
-PAST, PRESENT = "past_", "present_"
 LEVELS = ("ORT_DISABLE_ALL", "ORT_ENABLE_BASIC", "ORT_ENABLE_EXTENDED")
 INT8_SINCE = "1.22"  # older ONNX Runtimes end the process on blockwise int8 products
 

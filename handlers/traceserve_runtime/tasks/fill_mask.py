@@ -172,7 +172,7 @@ class FillMask(Task):
 
     def same(self, answer: Json, other: Json) -> bool:
         """Require the same best token for each mask."""
-        best = [[json_objects(ranked)[0]["token"] for ranked in _ranked(value)] for value in (answer, other)]
+        best = [[json_objects(ranked)[0]["token"] for ranked in _lists(value)] for value in (answer, other)]
         return best[0] == best[1]
 
     def from_texts(self, texts: Sequence[str]) -> List[Request]:
@@ -199,6 +199,6 @@ class FillMask(Task):
         return [Request({"text": r.inputs["text"].replace("[MASK]", mask)}, r.parameters) for r in requests]
 
 
-def _ranked(value: Json) -> List[Json]:
+def _lists(value: Json) -> List[Json]:
     """Return the answer's lists, one per mask."""
     return value if isinstance(value, list) and isinstance(value[0], list) else [value]

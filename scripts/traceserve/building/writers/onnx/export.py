@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Dict, Iterator, NamedTuple, Tuple, Type
 
 import torch
 from traceserve_runtime.errors import reason
-from traceserve_runtime.runtimes.onnx import PAST, PRESENT
+from traceserve_runtime.runtimes.positions import PAST, PRESENT
 
 from traceserve.building.checkpoints.original import Original
 from traceserve.building.writers.tracing.loops import GRAPHS
