@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, List, Mapping, Optional, Sequence, Tuple, cast
 if TYPE_CHECKING:
     from traceserve_runtime.batching.batches import Stats
     from traceserve_runtime.engine import Engine
-    from traceserve_runtime.frontend_socket import Reader
+    from traceserve_runtime.frontend_socket import SocketReader
     from traceserve_runtime.mirror import Mirror
     from traceserve_runtime.protocols.bodies import Headers
     from traceserve_runtime.rounds import Rounds
@@ -45,7 +45,7 @@ class TransformerHandler:
 
     def __init__(self) -> None:
         self.engine: Optional[Engine] = None
-        self._reader: Optional[Reader] = None
+        self._reader: Optional[SocketReader] = None
         self._rounds: Optional[Rounds] = None
         self._mirror: Optional[Mirror] = None
 

@@ -54,7 +54,7 @@ class Reply:
 # Sends one piece of a stream, with its response headers.
 SendPiece = Callable[[bytes, Mapping[str, str]], None]
 # Likewise, of call number `i`.
-Send = Callable[[int, bytes, Mapping[str, str]], None]
+SendOfCall = Callable[[int, bytes, Mapping[str, str]], None]
 _Result = Union["_Answered", TraceserveError]
 
 
@@ -72,7 +72,9 @@ class Service:
         self.mirror = mirror
         self.served = Served(name, version, engine.manifest, type(engine.task), self._text_of)
 
-    def answer(self, calls: Sequence[Call], stats: Optional[Stats] = None, send: Optional[Send] = None) -> List[Reply]:
+    def answer(
+        self, calls: Sequence[Call], stats: Optional[Stats] = None, send: Optional[SendOfCall] = None
+    ) -> List[Reply]:
         """Return one reply per call, in order; adds to `stats`. Without `send`, a stream is returned whole."""
         session = Session(self, Stats() if stats is None else stats, math.inf)
         exchanges = session.join(calls, [partial(send, i) if send else None for i in range(len(calls))])

@@ -15,7 +15,7 @@ from traceserve_runtime import processor
 from traceserve_runtime.errors import InvalidManifest, MissingPackage, last_reason
 from traceserve_runtime.manifest import Manifest
 from traceserve_runtime.runner import Arrays, Padding, RunsOnce
-from traceserve_runtime.runtimes.openvino_steps import ROWS, START, SteppingRunner
+from traceserve_runtime.runtimes.openvino_steps import ROWS, START_FILE_KEY, SteppingRunner
 from traceserve_runtime.runtimes.positions import PAST, PRESENT
 from traceserve_runtime.runtimes.variants import Variant
 from traceserve_runtime.settings import Settings
@@ -103,9 +103,9 @@ def read(
     _check_ports(manifest, compiled, loops)
     if not loops:
         return OpenVinoRunner(compiled, manifest)
-    start = manifest.runtime.get(START)
+    start = manifest.runtime.get(START_FILE_KEY)
     if start is not None and start not in manifest.files:
-        raise InvalidManifest(f"runtime.{START} should name a file of the archive")
+        raise InvalidManifest(f"runtime.{START_FILE_KEY} should name a file of the archive")
     first = None if start is None else _compiled(openvino, folder / str(start), weights, properties)
     return SteppingRunner(compiled, first, openvino.Tensor)
 

@@ -16,7 +16,9 @@ import numpy as np
 from traceserve_runtime.runner import Arrays, Padding, State
 from traceserve_runtime.runtimes.positions import PAST, PRESENT, joined_rows
 
-START = "start"  # in `Manifest.runtime`: the file of the graph that makes the first state, if not all is variables
+START_FILE_KEY = (
+    "start"  # in `Manifest.runtime`: the file of the graph that makes the first state, if not all is variables
+)
 ROWS = "beam_idx"  # the input with the rows of the variables that a step continues
 
 

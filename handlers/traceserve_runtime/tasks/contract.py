@@ -350,7 +350,7 @@ class Task:
     @property
     def most_tokens(self) -> int:
         """The largest number of tokens in one run, padding included."""
-        return plan.MOST_TOKENS
+        return plan.MOST_BATCH_TOKENS
 
     def from_texts(self, texts: Sequence[str]) -> List[Request]:
         """Make the gate's requests: one per text, and some with two."""
