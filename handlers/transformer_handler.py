@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, List, Mapping, Optional, Sequence, Tuple, cast
 if TYPE_CHECKING:
     from traceserve_runtime.batching.batches import Stats
     from traceserve_runtime.engine import Engine
-    from traceserve_runtime.frontend_socket import Reader
+    from traceserve_runtime.frontend_socket import SocketReader
     from traceserve_runtime.mirror import Mirror
     from traceserve_runtime.protocols.bodies import Headers
     from traceserve_runtime.rounds import Rounds
@@ -34,6 +34,7 @@ logger = logging.getLogger(__name__)
 # which is indistinguishable: so each is a single, last piece.
 _LAST_PIECE = "ts_stream_next"
 _HTTP_HEADERS = {"host", "content-length", "content-type", "url_path", "explain"}
+_WITHOUT_SEQUENCES = "StreamPredictions2 needs TorchServe's sequence batching"
 _OK = 200
 _OF_REQUESTS = ("traceserve_runtime.service", "traceserve_runtime.rounds")  # what only `handle` uses
 _CODEC = "ts.protocol.otf_message_handler"  # of TorchServe's worker, which has imported it
@@ -44,7 +45,7 @@ class TransformerHandler:
 
     def __init__(self) -> None:
         self.engine: Optional[Engine] = None
-        self._reader: Optional[Reader] = None
+        self._reader: Optional[SocketReader] = None
         self._rounds: Optional[Rounds] = None
         self._mirror: Optional[Mirror] = None
 
@@ -96,7 +97,7 @@ class TransformerHandler:
         self._report(stats, stats.counters(len(replies), seconds) if stats.micro_batches else {}, seconds, context)
         if self._reader is not None:
             self._reader.answered()
-        for i in [i for i, call in enumerate(calls) if call.headers.ended]:
+        for i in [i for i, call in enumerate(calls) if call.headers.refused]:
             context.request_ids.pop(i, None)  # TorchServe then silently drops the request
         return [reply.body for reply in replies]
 
@@ -182,7 +183,7 @@ def _device(context: WorkerContext, folder: Path) -> str:
 
     gpu = context.system_properties.get("gpu_id")
     number = -1 if gpu is None else int(gpu)
-    return f"cuda:{number}" if number >= 0 and Manifest.read(folder, verify=False).hardware == "gpu" else "cpu"
+    return f"cuda:{number}" if number >= 0 and Manifest.read(folder, verify=False).on_gpu else "cpu"
 
 
 def _headers(context: WorkerContext, index: int) -> Headers:
@@ -208,7 +209,7 @@ def _headers(context: WorkerContext, index: int) -> Headers:
         parts,
         grpc,
         explain=told.get("explain") == "True",  # TorchServe's own has this spelling
-        ended=grpc and not sequences and isinstance(told.get(sequence_id), str),
+        refused=_WITHOUT_SEQUENCES if grpc and not sequences and isinstance(told.get(sequence_id), str) else "",
         path=sent.get("url_path", ""),
         client=sent.get("user-agent", ""),
         binary=length_in(sent.get("inference-header-content-length", ""), sys.maxsize),

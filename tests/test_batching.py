@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from traceserve_runtime.batching import costs
 from traceserve_runtime.batching.batches import Stats, filled, pad, run_batch, unpad
 from traceserve_runtime.batching.costs import CostModel, Timing, fit_costs
-from traceserve_runtime.batching.plan import MOST_ROWS, MOST_TOKENS, plan_batches
+from traceserve_runtime.batching.plan import MOST_BATCH_TOKENS, MOST_ROWS, plan_batches
 from traceserve_runtime.manifest import Manifest, Shapes
 from traceserve_runtime.runner import Arrays, Padding
 from traceserve_runtime.texts.rows import Row
@@ -68,7 +68,9 @@ def cost_of(batches: Sequence[Sequence[int]], lengths: Sequence[int], shapes: Sh
     )
 
 
-def is_allowed(batch: Sequence[int], lengths: Sequence[int], shapes: Shapes, most_tokens: int = MOST_TOKENS) -> bool:
+def is_allowed(
+    batch: Sequence[int], lengths: Sequence[int], shapes: Shapes, most_tokens: int = MOST_BATCH_TOKENS
+) -> bool:
     most = MOST_ROWS if shapes.batches is None else max(shapes.batches)
     longest = shapes.length(max(lengths[i] for i in batch))
     return len(batch) == 1 or (len(batch) <= most and len(batch) * longest <= most_tokens)
@@ -114,7 +116,7 @@ def test_a_plan_keeps_the_limits(lengths: List[int], shapes: Shapes, cost: CostM
     lengths=lengths_of_rows,
     shapes=st.sampled_from(SHAPES),
     cost=st.sampled_from(COSTS),
-    most_tokens=st.integers(1, 2 * MOST_TOKENS),
+    most_tokens=st.integers(1, 2 * MOST_BATCH_TOKENS),
 )
 @example(lengths=[5] * 9, shapes=Shapes(), cost=CostModel(run=1e6), most_tokens=20)
 @example(lengths=[5] * 9, shapes=Shapes(), cost=CostModel(run=1e6), most_tokens=4)
@@ -135,8 +137,8 @@ def test_a_tasks_own_limit_cuts_what_would_run_together(most_tokens: int, sizes:
     [
         ([1] * 128, Shapes(), [64, 64]),
         ([512] * 64, Shapes(), [32, 32]),
-        ([MOST_TOKENS // 64] * 64, Shapes(), [64]),
-        ([MOST_TOKENS + 1] * 2, Shapes(), [1, 1]),
+        ([MOST_BATCH_TOKENS // 64] * 64, Shapes(), [64]),
+        ([MOST_BATCH_TOKENS + 1] * 2, Shapes(), [1, 1]),
         ([5] * 8, Shapes(batches=(1, 4)), [4, 4]),
         ([5] * 100, Shapes(batches=(100,)), [100]),
         ([5] * 64, Shapes(lengths=(512,)), [32, 32]),

@@ -10,6 +10,7 @@ import json
 import time
 import tracemalloc
 import zlib
+from types import SimpleNamespace
 from typing import Any, Dict, List, Mapping, Type
 
 import pytest
@@ -17,7 +18,7 @@ from traceserve_runtime.errors import InputTooLong, InvalidRequest, TraceserveEr
 from traceserve_runtime.protocols.bodies import Headers
 from traceserve_runtime.protocols.contract import Body
 from traceserve_runtime.protocols.kserve import Instances
-from traceserve_runtime.protocols.native import Plain, ServedModel
+from traceserve_runtime.protocols.native import Plain
 from traceserve_runtime.protocols.requests import parse_requests
 from traceserve_runtime.tasks.contract import Request, Task
 from traceserve_runtime.tasks.question_answering import QuestionAnswering
@@ -256,6 +257,22 @@ def test_a_form_of_another_charset_is_refused_by_its_name() -> None:
     assert error.status == 415 and '"shift_jis"' in error.message
 
 
+@pytest.mark.parametrize(
+    "media", ["multipart/mixed; boundary=x", "Multipart/Related; boundary=x", "multipart/form-data"]
+)
+def test_other_multipart_bodies_are_refused(media: str) -> None:
+    """TorchServe's frontend, and servers of our own, hand them over unparsed."""
+    source = b"--x\r\nContent-Type: text/plain\r\n\r\nWhere is my parcel?\r\n--x--\r\n"
+    for row, headers in (
+        ({"body": source}, Headers(media, len(source), parts={"body": media})),
+        ({"data": source}, Headers(MULTIPART, parts={"data": media})),
+        ({"data": source}, GRPC._replace(parts={"data": media})),
+    ):
+        error = refusal(row, headers)
+        assert type(error) is UnsupportedMedia and "only multipart/form-data with its boundary" in error.message
+        assert media.lower().partition(";")[0] in error.message
+
+
 CSV = [
     ("inputs\nWhere is my parcel?\nI lost my card.", [{"text": "Where is my parcel?"}, {"text": "I lost my card."}]),
     ("text\r\none\r\n\r\ntwo\r\n", [{"text": "one"}, {"text": "two"}]),
@@ -440,7 +457,8 @@ def test_texts_of_model_infer_are_in_base64() -> None:
     body = read({"body": infer([TEXT.encode(), b"b"])}, INFER)
     assert texts(body) == [TEXT, "b"]
     named = {"datatype": "BYTES", "shape": [1], "data": [{"label": "x"}]}
-    answer = body.protocol.document([{"label": "x"}], ServedModel("m", "1"))
+    model: Any = SimpleNamespace(name="m", version="1")
+    answer = body.protocol.document([{"label": "x"}], model)
     assert answer == {"model_name": "m", "model_version": "1", "id": "7", "outputs": [{"name": "output", **named}]}
     error = refusal({"body": infer([b"\xff"])}, INFER)
     assert error.field == "inputs[0].data[0]" and "not UTF-8 text at byte 0" in error.message

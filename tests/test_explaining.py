@@ -26,7 +26,7 @@ from traceserve.errors import ConfigError, ExportError
 from traceserve_runtime import settings
 from traceserve_runtime.batching.batches import Stats
 from traceserve_runtime.engine import NO_GRADIENTS, Engine, Work
-from traceserve_runtime.errors import OutOfTime
+from traceserve_runtime.errors import InvalidManifest, OutOfTime
 from traceserve_runtime.explaining import integrated_gradients
 from traceserve_runtime.explaining.integrated_gradients import completeness_error, rule
 from traceserve_runtime.explaining.occlusion import grouped
@@ -34,7 +34,7 @@ from traceserve_runtime.explaining.pacing import Pacing
 from traceserve_runtime.explaining.words import Word, words_of
 from traceserve_runtime.manifest import Manifest
 from traceserve_runtime.protocols.bodies import Headers
-from traceserve_runtime.runtimes.torchscript.gradients import GRADIENTS_FILE, PLACES_FILE
+from traceserve_runtime.runtimes.torchscript.gradients import GRADIENTS_FILE, PLACES_FILE, read_gradients
 from traceserve_runtime.service import Call, Service
 from traceserve_runtime.tasks import TASKS
 from traceserve_runtime.tasks.contract import Request
@@ -293,6 +293,25 @@ def test_the_graphs_have_no_weights_of_their_own(make: Callable[..., Made]) -> N
     assert engine._explainer is None  # loaded when it is first asked for
     explain(engine, TEXT)
     assert engine._explainer is not None
+
+
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        (lambda places: {}, "gradients.json does not tell where"),
+        (lambda places: {name: [1 << 40, *rest] for name, (_, *rest) in places.items()}, "gradients.json does not fit"),
+    ],
+)
+def test_a_damaged_table_of_the_graphs_is_named(
+    damage: Callable[[Any], Any], words: str, make: Callable[..., Made], tmp_path: Path
+) -> None:
+    folder = shutil.copytree(make("classification").folder, tmp_path / "copied")
+    file = folder / PLACES_FILE
+    file.write_text(json.dumps(damage(json.loads(file.read_text()))))
+    with pytest.raises(InvalidManifest, match=words):
+        read_gradients(
+            Manifest.read(folder, verify=False), folder, "cpu", Engine.load(make("classification").folder).runner
+        )
 
 
 def test_an_archive_built_without_says_so(make: Callable[..., Made]) -> None:

@@ -12,7 +12,7 @@ from typing import Any, Dict, Iterator, List, Sequence, Tuple
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from traceserve_runtime.frontend_socket import Reader, read_at_once
+from traceserve_runtime.frontend_socket import SocketReader, read_at_once
 
 codec = pytest.importorskip("ts.protocol.otf_message_handler")
 
@@ -53,7 +53,7 @@ def message(bodies: Sequence[bytes]) -> bytes:
 def reading_at_once(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(codec, "_retrieve_buffer", codec._retrieve_buffer)  # put back after the test
     assert read_at_once(codec, lambda: None) is codec._retrieve_buffer
-    assert isinstance(codec._retrieve_buffer, Reader)
+    assert isinstance(codec._retrieve_buffer, SocketReader)
     yield
 
 
@@ -77,7 +77,7 @@ def test_it_reads_what_torchserve_reads(reading_at_once: None) -> None:
     sent = message([b"one", b"", b"\x00\xff" * 100_000])
     own = importlib.util.module_from_spec(codec.__spec__)  # a worker in this process may have patched the loaded one
     codec.__spec__.loader.exec_module(own)
-    assert not isinstance(own._retrieve_buffer, Reader)
+    assert not isinstance(own._retrieve_buffer, SocketReader)
     assert codec.retrieve_msg(Connection(sent)) == own.retrieve_msg(Connection(sent))
 
 
@@ -101,7 +101,7 @@ def test_pieces_of_any_size_that_arrive_in_any_way(pieces: List[bytes], arriving
         parts.append(sent[:size])
         sent = sent[size:]
     connection: Any = Connection(*(part for part in (*parts, sent) if part))
-    read = Reader()
+    read = SocketReader()
     for piece in pieces:
         assert read(connection, len(piece)) == bytearray(piece)
 
@@ -109,7 +109,7 @@ def test_pieces_of_any_size_that_arrive_in_any_way(pieces: List[bytes], arriving
 def test_a_long_piece_is_not_read_past_its_end() -> None:
     """Otherwise the following data would be copied repeatedly."""
     connection: Any = Connection(b"x" * 10, b"y" * 200_000, b"next")
-    read = Reader()
+    read = SocketReader()
     assert read(connection, 150_010) == b"x" * 10 + b"y" * 150_000
     assert read(connection, 50_000) == b"y" * 50_000 and read(connection, 4) == b"next"
 
@@ -118,14 +118,14 @@ def test_a_long_piece_is_not_read_past_its_end() -> None:
 def test_the_process_ends_with_the_frontend(arrived: Tuple[bytes, ...]) -> None:
     connection: Any = Connection(*arrived)
     with pytest.raises(SystemExit) as ended:
-        Reader()(connection, 4)
+        SocketReader()(connection, 4)
     assert ended.value.code == 0
 
 
 def test_another_connection_begins_anew() -> None:
     one: Any = Connection(b"abcdef")
     other: Any = Connection(b"xyz")
-    read = Reader()
+    read = SocketReader()
     assert read(one, 2) == b"ab" and read(other, 3) == b"xyz"
 
 
@@ -143,7 +143,7 @@ def test_idle_is_when_nothing_follows_an_answer() -> None:
     calls: List[int] = []
     ours, theirs = socket.socketpair()
     with ours, theirs:
-        reader = Reader(lambda: (calls.append(1), theirs.sendall(b"next"))[0])
+        reader = SocketReader(lambda: (calls.append(1), theirs.sendall(b"next"))[0])
         theirs.sendall(b"I")
         assert bytes(reader(ours, 1)) == b"I"
         assert not calls  # nothing was answered yet

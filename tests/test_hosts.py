@@ -8,6 +8,7 @@ import functools
 import gc
 import gzip
 import http.server
+import itertools
 import json
 import os
 import re
@@ -19,7 +20,7 @@ import weakref
 import zlib
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, AsyncIterator, Awaitable, Callable, Dict, List, NamedTuple, Optional, Sequence, Tuple, Type
+from typing import Any, AsyncIterator, Awaitable, Callable, Dict, List, NamedTuple, Optional, Tuple, Type
 
 import pytest
 from conftest import run_export
@@ -31,7 +32,7 @@ from traceserve_hosts.batcher import Batcher
 from traceserve_hosts.routing import Router, may_stream, messages
 from traceserve_runtime import service as core
 from traceserve_runtime.batching.batches import Stats
-from traceserve_runtime.engine import Engine
+from traceserve_runtime.engine import Engine, Work
 from traceserve_runtime.errors import InvalidManifest
 from traceserve_runtime.manifest import sha256
 from traceserve_runtime.protocols.bodies import Headers
@@ -62,8 +63,8 @@ class Hosted:
         self.batcher = Batcher(service, most, delay, self._report)
         self.application = Application(service, self.batcher, limits)
 
-    def _report(self, stats: Stats, calls: Sequence[object], seconds: float) -> None:
-        self.batches.append(len(calls))
+    def _report(self, stats: Stats, calls: int, seconds: float) -> None:
+        self.batches.append(calls)
         self.rows.append(stats.rows)
 
     async def ask(self, path: str, body: Any = None, method: str = "", **headers: str) -> Answer:
@@ -304,6 +305,13 @@ def test_a_part_of_an_unknown_charset_is_refused(classifier: Service) -> None:
     body = multipart(("text", "Content-Type: text/plain; charset=klingon\r\n", TEXT.encode()))
     answer = run(Hosted(classifier).ask("/predictions/small", body, content_type=FORM))
     assert answer.status == 415 and '"klingon"' in answer.json["error"]["message"]
+
+
+@pytest.mark.parametrize("kind", ["mixed", "related"])
+def test_a_multipart_body_that_is_no_form_is_refused(kind: str, classifier: Service) -> None:
+    body = multipart(("text", "", TEXT.encode()))
+    answer = run(Hosted(classifier).ask("/predictions/small", body, content_type=f"multipart/{kind}; boundary=x"))
+    assert answer.status == 415 and f"multipart/{kind} is not supported" in answer.json["error"]["message"]
 
 
 # Limits
@@ -873,6 +881,40 @@ def test_a_stream_comes_in_pieces_and_is_the_whole_answer(services: Dict[str, Se
     )
     assert events.headers["content-type"].startswith("text/event-stream")
     assert b"".join(events.pieces).rstrip().endswith(b"data: [DONE]")
+
+
+def broken_work(self: Any) -> None:
+    raise ValueError("no memory")
+
+
+def broken_session(self: Any) -> List[Exchange]:
+    raise PanicException("no memory")
+
+
+@pytest.mark.parametrize("owner, broken", [(Work, broken_work), (Session, broken_session)])
+def test_a_session_that_fails_ends_a_stream_in_its_own_format(
+    owner: Any, broken: Callable[[Any], object], services: Dict[str, Service], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """OpenAI's clients read an event with the error; bare JSON is no event, and the text would seem complete."""
+    turn, turns = owner.turn, itertools.count()
+    monkeypatch.setattr(owner, "turn", lambda self: turn(self) if next(turns) < 8 else broken(self))
+    asking = {"prompt": "Once upon a time", "max_tokens": 40, "stream": True}
+    answer = run(Hosted(services["text_generation"]).ask("/v1/completions", asking))
+    assert answer.status == 200 and len(answer.pieces) > 1
+    *_, last, done = b"".join(answer.pieces).rstrip().split(b"\n\n")
+    assert last.startswith(b"data: {") and done == b"data: [DONE]"
+    assert "unexpected error in the worker" in json.loads(last[len(b"data: ") :])["error"]["message"]
+
+
+@pytest.mark.parametrize("owner, broken", [(Work, broken_work), (Session, broken_session)])
+def test_a_session_that_fails_before_a_streams_first_piece_has_the_errors_status(
+    owner: Any, broken: Callable[[Any], object], services: Dict[str, Service], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(owner, "turn", broken)
+    asking = {"prompt": "Once upon a time", "max_tokens": 40, "stream": True}
+    answer = run(Hosted(services["text_generation"]).ask("/v1/completions", asking))
+    assert answer.status == 500 and answer.headers["content-type"] == "application/json"
+    assert answer.json["error"]["type"] == "server_error"
 
 
 def test_a_short_text_is_answered_while_a_long_one_is_written(services: Dict[str, Service]) -> None:

@@ -210,6 +210,12 @@ def test_a_model_takes_no_more_threads_than_its_container_has(
     assert torch.get_num_threads() == 1
 
 
+def test_the_name_of_a_control_group_may_be_of_any_bytes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    limited(monkeypatch, tmp_path, V2.format("/"), {"cpu.max": "100000 100000"})
+    (tmp_path / "own").write_bytes(b"0::/caf\xe9/job\n")
+    assert processor.cores() == 1
+
+
 def limited(patch: pytest.MonkeyPatch, folder: Path, own: str, files: Dict[str, str]) -> None:
     """Control groups with these files, and a process in those of `own`."""
     for name, content in {"own": own, **files}.items():

@@ -7,6 +7,7 @@ import math
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, Dict, List, Optional, Tuple, Type
 
 import pytest
@@ -17,7 +18,7 @@ from traceserve_runtime.errors import InputTooLong, InvalidRequest, TraceserveEr
 from traceserve_runtime.protocols.bodies import Headers
 from traceserve_runtime.protocols.contract import Body
 from traceserve_runtime.protocols.kserve import Instances
-from traceserve_runtime.protocols.native import Plain, ServedModel
+from traceserve_runtime.protocols.native import Plain
 from traceserve_runtime.protocols.open_inference import Tensors
 from traceserve_runtime.protocols.requests import parse_requests
 from traceserve_runtime.protocols.wording import parse_json
@@ -33,7 +34,7 @@ quick = settings(deadline=None, max_examples=300, database=None)
 
 HANDLERS = str(Path(traceserve_runtime.__file__).parents[1])
 JSON = Headers("application/json")
-MODEL = ServedModel("tiny", "2.0")
+MODEL: Any = SimpleNamespace(name="tiny", version="2.0")
 TEXT = "Où est la gare? 👍🏽"
 
 

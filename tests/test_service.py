@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import base64
 import dataclasses
+import gzip
 import json
 import logging
 import time
@@ -601,6 +602,32 @@ def test_errors_of_tei_have_its_shape_and_statuses(
 ) -> None:
     error = ask(services["feature_extraction"], path, body, status)
     assert set(error) == {"error", "error_type"} and isinstance(error["error"], str)
+
+
+@pytest.mark.parametrize(
+    ("body", "headers", "is_tei"),
+    [
+        ({"query": "a", "documents": ['the key "texts"', 3]}, {}, False),
+        ({"query": "a", "documents": ["b"], "texts": ["b"]}, {}, False),
+        ({"query": "a", "texts": ["b", 3]}, {}, True),
+        ({"query": "a", "texts": ["b", 3]}, {"content_encoding": "gzip"}, True),
+        ({"query": "a", "texts": ["b"] * 5000}, {}, True),
+    ],
+)
+def test_an_error_of_rerank_has_the_format_of_the_call(
+    services: Dict[str, Service], body: Any, headers: Dict[str, Any], is_tei: bool
+) -> None:
+    source = json.dumps(body).encode()
+    source = gzip.compress(source) if headers else source
+    [reply] = services["text_ranking"].answer([Call({"body": source}, asked(body, "rerank", **headers).headers)])
+    assert 400 <= reply.status < 500
+    assert ("error_type" in json.loads(reply.body)) is is_tei, reply.body
+
+
+@pytest.mark.parametrize("media", ["application/json; charset=klingon", "multipart/mixed; boundary=x"])
+def test_tei_calls_a_body_that_cannot_be_read_invalid(services: Dict[str, Service], media: str) -> None:
+    [reply] = services["feature_extraction"].answer([Call({"body": b"{}"}, Headers(media, path="embed"))])
+    assert reply.status == 415 and json.loads(reply.body)["error_type"] == "Validation"
 
 
 def test_tei_cuts_long_texts_where_that_is_asked_for(services: Dict[str, Service]) -> None:

@@ -39,8 +39,9 @@ from typing import (
 )
 from urllib.parse import parse_qsl
 
-from traceserve_hosts import KEY_FILE_VARIABLE, KEY_VARIABLE
+from traceserve_hosts import KEY_FILE_VARIABLE
 from traceserve_hosts.batcher import Asked, Batcher, Piece
+from traceserve_hosts.keys import given_key
 
 if TYPE_CHECKING:
     from traceserve_runtime.service import Call, Reply, Service
@@ -56,9 +57,6 @@ _METHODS = ("GET", "POST", "HEAD")
 _SECONDS_OF_LIVENESS = 1.5  # that a canary has; later the queue's progress decides
 _SECONDS_OF_HEALTH = 1.0  # that a canary's answer holds
 _LONGEST_STANDSTILL = 60.0  # seconds
-_FORM = "application/x-www-form-urlencoded"
-_MULTIPART = "multipart/form-data"
-_FORMS = (_FORM, _MULTIPART)
 # A form is decoded in the event loop: for a tenth of a second at most.
 _LARGEST_FORM, _MOST_FIELDS = 1 << 20, 1000
 
@@ -279,6 +277,7 @@ class Application:
 
     def _call(self, located: _Located, headers: Mapping[str, str], body: bytes) -> Call:
         from traceserve_runtime.protocols.bodies import Headers, length_in
+        from traceserve_runtime.protocols.decoding import media_of
         from traceserve_runtime.service import Call
 
         content_type = headers.get("content-type", "")
@@ -287,7 +286,7 @@ class Application:
             parts,
             Headers(
                 content_type,
-                None if _media_type(content_type) in _FORMS else len(body),  # no frontend dropped anything of a form
+                None if media_of(content_type).is_form else len(body),  # no frontend dropped anything of a form
                 headers.get("content-encoding", ""),
                 media,
                 explain=located.explain,
@@ -330,16 +329,14 @@ class Application:
 
 
 def key_from_environment() -> Union[str, Path, None]:
-    """The key that this process demands, or the file that holds it; raises RuntimeError for a blank one.
-
-    A secret that was made of a file often ends with its line break, which no header can hold.
-    """
-    file, given = os.environ.get(KEY_FILE_VARIABLE), os.environ.get(KEY_VARIABLE)
+    """The key that this process demands, or the file that holds it; raises RuntimeError for a blank one."""
+    file = os.environ.get(KEY_FILE_VARIABLE)
     if file:
         return Path(file)
-    if given and not given.strip():
-        raise RuntimeError(f"{KEY_VARIABLE} is blank: set it to a key, or leave it out where none is to be demanded")
-    return given.strip() if given else None
+    try:
+        return given_key()
+    except ValueError as error:
+        raise RuntimeError(f"{error} where none is to be demanded") from None
 
 
 async def guarded(answer: Asgi, scope: Scope, receive: Receive, send: Send) -> None:
@@ -381,14 +378,12 @@ def headers_of(scope: Scope) -> Dict[str, str]:
     return {name.decode("latin-1").lower(): value.decode("latin-1") for name, value in scope["headers"]}
 
 
-def _media_type(content_type: str) -> str:
-    return content_type.split(";")[0].strip().lower()
-
-
 def _parts(body: bytes, content_type: str) -> Tuple[Mapping[str, object], Mapping[str, str]]:
     """A body as TorchServe hands it over: by itself, or as the parts of a form with their media types."""
-    media = _media_type(content_type)
-    if media == _FORM:
+    from traceserve_runtime.protocols.decoding import URL_ENCODED, media_of
+
+    media = media_of(content_type)
+    if media.name == URL_ENCODED:
         if len(body) > _LARGEST_FORM or body.count(b"&") > _MOST_FIELDS:
             raise Refused(
                 413, "InputTooLong", f"a form may have {_LARGEST_FORM:,} bytes and {_MOST_FIELDS:,} fields; send JSON"
@@ -396,7 +391,7 @@ def _parts(body: bytes, content_type: str) -> Tuple[Mapping[str, object], Mappin
         pairs = parse_qsl(body.decode("utf-8", "surrogateescape"), keep_blank_values=True, errors="surrogateescape")
         _check_once([name for name, _ in pairs])
         return {name: value.encode("utf-8", "surrogateescape") for name, value in pairs}, {}
-    if media == _MULTIPART:
+    if media.is_form:
         return _multipart(body, content_type)
     return {"body": body}, {}
 

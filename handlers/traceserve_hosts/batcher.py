@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Callable, List, Mapping, NamedTuple, Optional,
 
 if TYPE_CHECKING:
     from traceserve_runtime.batching.batches import Stats
+    from traceserve_runtime.errors import TraceserveError
     from traceserve_runtime.service import Call, Exchange, Reply, SendPiece, Service, Session
 
 logger = logging.getLogger(__name__)
@@ -26,8 +27,8 @@ logger = logging.getLogger(__name__)
 _LONGEST_REST = 0.05  # seconds; calls that come end it
 _SECONDS_IDLE = 0.02  # without a request, until the engine is told that nobody waits
 
-# Called after each turn: what was computed, the calls that were in it, and the seconds that it took.
-Report = Callable[["Stats", Sequence[object], float], None]
+# Called after each turn: what was computed, the number of calls that were in it, and the seconds that it took.
+Report = Callable[["Stats", int, float], None]
 
 
 class Piece(NamedTuple):
@@ -43,6 +44,7 @@ class Asked:
     def __init__(self, call: Call) -> None:
         self.call = call
         self.gone = False  # its client has left: nothing more is computed for it
+        self.exchange: Optional[Exchange] = None  # once a session has taken it
         self._events: asyncio.Queue[Union[Piece, Reply]] = asyncio.Queue()
 
     async def next(self) -> Union[Piece, Reply]:
@@ -140,12 +142,10 @@ class Batcher:
     def _fail(self, error: BaseException, loop: asyncio.AbstractEventLoop) -> None:
         """Answer calls that no session could answer; log why, without the message, which may contain a text."""
         from traceserve_runtime import failures
-        from traceserve_runtime.service import Reply
 
         failure = failures.unexpected(error, "it answered this request")
-        reply = Reply(json.dumps(failure.to_json()).encode(), status=failure.status, phrase=failure.phrase)
         for job in self._joined:
-            loop.call_soon_threadsafe(job.tell, reply)
+            loop.call_soon_threadsafe(job.tell, _reply(self._service, job, failure))
         logger.error("traceserve: a batch could not be answered")
         failures.log([failure] * len(self._joined))
 
@@ -175,7 +175,7 @@ class Batcher:
         that wait behind long ones would wait for their end."""
         return self._most - len(self._joined) if self._service.engine.task.loop else self._most
 
-    def _tell(self, stats: Stats, calls: Sequence[object], seconds: float) -> None:
+    def _tell(self, stats: Stats, calls: int, seconds: float) -> None:
         if self._report is not None:
             try:
                 self._report(stats, calls, seconds)
@@ -201,6 +201,20 @@ class Batcher:
             logger.exception("traceserve: an idle engine failed")
 
 
+def _reply(service: Service, job: Asked, failure: TraceserveError) -> Reply:
+    """The last reply to a call that no session could answer: in its protocol's format, and as the end of a begun stream."""
+    from traceserve_runtime.batching.batches import Stats
+    from traceserve_runtime.protocols import protocol_of
+    from traceserve_runtime.service import Reply
+
+    try:
+        if job.exchange is not None:
+            return service.reply_to(job.exchange, failure, Stats())
+        return service.reply(job.call, protocol_of(job.call.headers), failure, Stats())
+    except Exception:  # not even that, or the archive's runtime is of an earlier version
+        return Reply(json.dumps(failure.to_json()).encode(), status=failure.status, phrase=failure.phrase)
+
+
 class _Running:
     """The calls that the thread answers now; what they are told, they are told in the event loop."""
 
@@ -212,7 +226,10 @@ class _Running:
     def join(self, jobs: Sequence[Asked]) -> None:
         """Add calls."""
         if jobs:
-            self.calls += zip(jobs, self._session.join([job.call for job in jobs], [self._sender(job) for job in jobs]))
+            exchanges = self._session.join([job.call for job in jobs], [self._sender(job) for job in jobs])
+            for job, exchange in zip(jobs, exchanges):
+                job.exchange = exchange
+                self.calls.append((job, exchange))
 
     @property
     def rest(self) -> float:
@@ -220,8 +237,8 @@ class _Running:
         rest: float = getattr(self._session, "rest", 0.0)
         return rest
 
-    def turn(self) -> Sequence[object]:
-        """Go one step further, and deliver the replies that there are now; returns the calls that were in it."""
+    def turn(self) -> int:
+        """Go one step further, and deliver the replies that there are now; returns the number of calls that were in it."""
         for job, exchange in self.calls:
             if job.gone:
                 self._session.leave(exchange)
@@ -231,7 +248,7 @@ class _Running:
             if exchange.reply is not None:
                 self._loop.call_soon_threadsafe(job.tell, exchange.reply)
         self.calls = [each for each in calls if each[1].reply is None]
-        return calls
+        return len(calls)
 
     def _sender(self, job: Asked) -> SendPiece:
         def send(body: bytes, headers: Mapping[str, str]) -> None:

@@ -129,7 +129,9 @@ def unpacked(address: str, sha256: Optional[str] = None, trusted: Optional[str] 
     command = [sys.executable, "-m", "traceserve_hosts.fetching", address, *([sha256] if sha256 else [])]
     command += [SIGNED] if trusted is not None else []
     with tempfile.TemporaryDirectory(prefix="traceserve-") as empty:
-        result = subprocess.run(command, cwd=empty, input=trusted or "", capture_output=True, text=True)
+        result = subprocess.run(
+            command, cwd=empty, input=trusted or "", capture_output=True, encoding="utf-8", errors="replace"
+        )
     if result.returncode:
         raise RuntimeError(reason_in(result.stderr, f"{address} could not be fetched"))
     return Path(json.loads(result.stdout)["folder"])

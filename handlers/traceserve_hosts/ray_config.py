@@ -58,11 +58,6 @@ class Options:
     cors_origin: Optional[str] = None
 
 
-def gpus(hardware: str) -> float:
-    """How many GPUs an archive that was built for this hardware uses."""
-    return 1.0 if hardware == "gpu" else 0.0
-
-
 def applications(archives: Sequence[Hosted], options: Options = Options()) -> List[Dict[str, object]]:
     """The `applications` of a Serve configuration; raises ValueError for two archives of one name and version."""
     versions: Dict[str, List[Hosted]] = {}
@@ -138,7 +133,7 @@ def _application(hosted: Hosted, name: str, prefix: str, options: Options) -> Di
             "name": hosted.name,
             "version": hosted.version,
             "replicas": asdict(replicas),
-            "options": _options(options),
+            "options": asdict(options),
         },
     }
 
@@ -152,9 +147,5 @@ def _router(versions: Mapping[str, Sequence[Hosted]], options: Options) -> Dict[
         "name": ROUTER,
         "route_prefix": "/",
         "import_path": f"{MODULE}:router",
-        "args": {"models": models, "options": _options(options)},
+        "args": {"models": models, "options": asdict(options)},
     }
-
-
-def _options(options: Options) -> Dict[str, object]:
-    return {"queue": options.queue, "largest_body": options.largest_body, "cors_origin": options.cors_origin}

@@ -6,7 +6,7 @@ method, but knows neither clients that have gone nor pieces of a stream; `batche
 
 from __future__ import annotations
 
-from typing import Any, AsyncIterator, Dict, List, Mapping, Optional, Sequence
+from typing import Any, AsyncIterator, Dict, List, Mapping, Optional
 
 import ray
 from ray import serve
@@ -220,14 +220,14 @@ class _Metrics:
         """Add a request that names the version in its path."""
         self._naming.inc(1, self._tags)
 
-    def report(self, stats: Any, replies: Sequence[Any], seconds: float) -> None:
+    def report(self, stats: Any, calls: int, seconds: float) -> None:
         """Add what one batch was."""
         for reason, failed in stats.errors.items():
             self._errors.inc(failed, {**self._tags, "reason": reason})
         if not stats.micro_batches:
             return
         self._seconds.observe(seconds, self._tags)
-        for name, count in stats.counters(len(replies), seconds).items():
+        for name, count in stats.counters(calls, seconds).items():
             if name not in self._counters:
                 self._counters[name] = Counter(name, tag_keys=tuple(self._tags))
             if count > 0:  # Ray refuses nothing to add

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import ssl
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Optional, Sequence
@@ -19,6 +18,7 @@ from traceserve_hosts import KEY_FILE_VARIABLE, KEY_VARIABLE
 from traceserve_hosts.addresses import is_only_local
 from traceserve_hosts.asgi import Application, Asgi, Limits, key_from_environment
 from traceserve_hosts.batcher import Batcher
+from traceserve_hosts.certificates import wrong_pair
 from traceserve_hosts.loading import load_archive
 
 if TYPE_CHECKING:
@@ -108,13 +108,9 @@ def main(arguments: Optional[Sequence[str]] = None) -> Optional[str]:
 
 def _refusal(options: argparse.Namespace) -> Optional[str]:
     """Why it must not, or cannot, serve like this; None where it may."""
-    if (options.certificate is None) != (options.key is None):
-        return "--certificate and --key are given together, or not at all"
-    if options.certificate is not None:
-        try:
-            ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(options.certificate, options.key, password="")
-        except (ssl.SSLError, OSError) as error:
-            return f"--certificate {options.certificate} and --key {options.key} make no pair: {error}"
+    wrong = wrong_pair(options.certificate, options.key)
+    if wrong is not None:
+        return wrong
     key = key_from_environment()
     if options.without_keys or key is not None or is_only_local(options.host):
         return None

@@ -23,7 +23,7 @@ from traceserve_runtime.generation.loop import Member, WritingLoop
 from traceserve_runtime.manifest import Manifest
 from traceserve_runtime.pending import Arrival, Backlog, Pending, Result, Unrun
 from traceserve_runtime.runner import Arrays, Runner
-from traceserve_runtime.runtimes import GRADIENTS, RUNTIMES
+from traceserve_runtime.runtimes import GRADIENT_READERS, RUNTIMES
 from traceserve_runtime.settings import Settings
 from traceserve_runtime.tasks import TASKS
 from traceserve_runtime.tasks.contract import Answer, Job, Parts, Request, Task
@@ -184,10 +184,10 @@ class Engine:
     def _gradients(self) -> Union[Differentiable, str, TraceserveError]:
         """Return the model's gradients, why it has none, or the failure to load them."""
         why_not = str(self.manifest.runtime.get(NO_GRADIENTS, "the archive has none"))
-        if why_not or self.manifest.save_mode not in GRADIENTS:
+        if why_not or self.manifest.save_mode not in GRADIENT_READERS:
             return why_not or "the archive has none"
         try:
-            return GRADIENTS[self.manifest.save_mode](self.manifest, self.folder, self._device, self.runner)
+            return GRADIENT_READERS[self.manifest.save_mode](self.manifest, self.folder, self._device, self.runner)
         except Exception as error:  # the edge of this explanation
             failure = ModelFailure(f"the graph of the gradients cannot be loaded: {reason(error)}")
             failure.__cause__ = error

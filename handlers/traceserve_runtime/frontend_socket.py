@@ -20,7 +20,7 @@ _MOST_AT_ONCE = 1 << 16  # bytes; longer pieces are read exactly to their end
 _NOBODY_WAITS = 0.02
 
 
-def read_at_once(codec: Any, idle: Callable[[], None]) -> Optional[Reader]:
+def read_at_once(codec: Any, idle: Callable[[], None]) -> Optional[SocketReader]:
     """Let TorchServe's codec read each message in a few calls, and call `idle` when no client waits; returns the
     reader.
 
@@ -33,12 +33,12 @@ def read_at_once(codec: Any, idle: Callable[[], None]) -> Optional[Reader]:
         inspect.signature(own).bind("connection", 4)  # type: ignore[arg-type]
     except TypeError:  # missing, or with other arguments
         return None
-    reader = Reader(idle)
+    reader = SocketReader(idle)
     codec._retrieve_buffer = reader
     return reader
 
 
-class Reader:
+class SocketReader:
     """A replacement for TorchServe's function that reads a piece of a message.
 
     `idle` is called once after each `answered` if no message follows, since then nobody waits for the worker.

@@ -140,6 +140,11 @@ class Manifest:
     version: str = "1.0"  # the archive's: in its URL, and in TorchServe's registrations
 
     @property
+    def on_gpu(self) -> bool:
+        """Whether it was built for GPUs."""
+        return self.hardware == "gpu"
+
+    @property
     def contents(self) -> str:
         """The SHA-256 of its files' names and hashes, by which a server says what it runs.
 

@@ -96,7 +96,7 @@ def _control_groups() -> Iterator[Path]:
     """Yield where the settings of this process's groups and their parents may be; a container sees its own as the
     root."""
     try:
-        lines = OWN_GROUPS.read_text().splitlines()
+        lines = os.fsdecode(OWN_GROUPS.read_bytes()).splitlines()  # paths of any bytes
     except OSError:
         return
     for line in lines:

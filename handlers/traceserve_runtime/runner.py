@@ -54,3 +54,16 @@ class Runner(Protocol):
     def share_cores(self) -> None:
         """From now on use fewer cores while other processes hold them, if supported; see `runtimes.team`."""
         ...
+
+
+class RunsOnce:
+    """The base of runners whose models do not run in a loop; see Runner."""
+
+    def start(self, inputs: Arrays) -> State:
+        raise NotImplementedError("a model that runs once does not run in a loop")
+
+    def step(self, inputs: Arrays, state: State, rows: Optional[np.ndarray] = None) -> Tuple[Arrays, State]:
+        raise NotImplementedError("a model that runs once does not run in a loop")
+
+    def join(self, states: Sequence[State], length: int) -> State:
+        raise NotImplementedError("a model that runs once does not run in a loop")

@@ -54,7 +54,7 @@ class Reply:
 # Sends one piece of a stream, with its response headers.
 SendPiece = Callable[[bytes, Mapping[str, str]], None]
 # Likewise, of call number `i`.
-Send = Callable[[int, bytes, Mapping[str, str]], None]
+SendOfCall = Callable[[int, bytes, Mapping[str, str]], None]
 _Result = Union["_Answered", TraceserveError]
 
 
@@ -72,7 +72,9 @@ class Service:
         self.mirror = mirror
         self.served = Served(name, version, engine.manifest, type(engine.task), self._text_of)
 
-    def answer(self, calls: Sequence[Call], stats: Optional[Stats] = None, send: Optional[Send] = None) -> List[Reply]:
+    def answer(
+        self, calls: Sequence[Call], stats: Optional[Stats] = None, send: Optional[SendOfCall] = None
+    ) -> List[Reply]:
         """Return one reply per call, in order; adds to `stats`. Without `send`, a stream is returned whole."""
         session = Session(self, Stats() if stats is None else stats, math.inf)
         exchanges = session.join(calls, [partial(send, i) if send else None for i in range(len(calls))])
@@ -100,8 +102,8 @@ class Service:
     def read(self, call: Call, index: int, protocol: Protocol) -> Union[Body, Document, TraceserveError]:
         """Return a call's requests, a document that needs no model, or an error."""
         try:
-            if call.headers.ended:
-                raise NotOffered("StreamPredictions2 needs TorchServe's sequence batching")
+            if call.headers.refused:
+                raise NotOffered(call.headers.refused)
             with failures.panics():  # token ids are decoded here
                 body = protocol.read(call.parts, call.headers, self.served, index)
             if isinstance(body, Body) and not body.streamable and any(map(self.engine.task.streams, body.requests)):
@@ -114,6 +116,11 @@ class Service:
             return error
         except Exception as error:  # an outer edge: only this call fails
             return failures.unexpected(error, "it read this request")
+
+    def reply_to(self, exchange: Exchange, result: _Result, stats: Stats) -> Reply:
+        """Return the response to a call that is being answered."""
+        result = exchange.failure(result, stats) if isinstance(result, TraceserveError) else result
+        return self.reply(exchange.call, exchange.protocol, result, stats)
 
     def reply(self, call: Call, protocol: Protocol, result: _Result, stats: Stats) -> Reply:
         """Return the response to a call."""
@@ -212,17 +219,22 @@ class Exchange:
                 answers.append(answer)
                 continue
             placed = _at(answer, body.field_path(i, answer.field))
-            if not stream.started:
-                return placed
-            failures.log([placed])
-            stats.count_error(placed)
-            return _Answered(Document(stream.ended(placed), stream.content_type))
+            if stream.started:
+                failures.log([placed])
+            return self.failure(placed, stats)
         if body.requests and task.streams(body.requests[0]):
             answer = answers[0].continued
             last = stream.rest(str(answer.value), answer)
             return _Answered(Document(last, stream.content_type), answers)
         document = body.protocol.reply(answers, served)
         return _Answered(document if isinstance(document, Document) else Document(document), answers)
+
+    def failure(self, error: TraceserveError, stats: Stats) -> _Result:
+        """Return the response to an error, which ends a stream that has begun: its status was already sent."""
+        if not self._stream.started:
+            return error
+        stats.count_error(error)
+        return _Answered(Document(self._stream.ended(error), self._stream.content_type))
 
 
 class Session:
@@ -291,7 +303,7 @@ class Session:
         results = [failures.contained("it wrote this answer", partial(self._result, each)) for each in done]
         failures.log(results)
         for each, result in zip(done, results):
-            each.reply = self._service.reply(each.call, each.protocol, result, self._stats)
+            self._reply(each, result)
             self._service.show(each, result)
         return done
 
@@ -308,4 +320,7 @@ class Session:
         unexpected = failures.unexpected(error, "it answered this request")
         failures.log([unexpected] * len(exchanges))
         for each in exchanges:
-            each.reply = self._service.reply(each.call, each.protocol, unexpected, self._stats)
+            self._reply(each, unexpected)
+
+    def _reply(self, exchange: Exchange, result: _Result) -> None:
+        exchange.reply = self._service.reply_to(exchange, result, self._stats)

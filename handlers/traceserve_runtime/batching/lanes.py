@@ -12,7 +12,7 @@ from itertools import accumulate
 from typing import Callable, List, Optional, Sequence, Tuple, TypeVar
 
 from traceserve_runtime.batching.costs import CostModel
-from traceserve_runtime.batching.plan import MOST_ROWS, MOST_TOKENS, plan_batches
+from traceserve_runtime.batching.plan import MOST_BATCH_TOKENS, MOST_ROWS, plan_batches
 from traceserve_runtime.manifest import Shapes
 
 Batches = List[List[int]]
@@ -37,7 +37,11 @@ class Lanes:
 
 
 def schedule(
-    lengths: Sequence[int], shapes: Shapes, cost: CostModel, lanes: Optional[Lanes], most_tokens: int = MOST_TOKENS
+    lengths: Sequence[int],
+    shapes: Shapes,
+    cost: CostModel,
+    lanes: Optional[Lanes],
+    most_tokens: int = MOST_BATCH_TOKENS,
 ) -> List[Batches]:
     """Return the micro-batches of each lane, or of one with all cores if that finishes sooner; see `plan`."""
     if lanes is None or len(lengths) < 2:

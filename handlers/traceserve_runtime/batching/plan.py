@@ -13,11 +13,11 @@ from traceserve_runtime.runner import Padding
 
 # More rows or tokens per run gain nothing on any measured processor, and memory grows with them.
 MOST_ROWS = 64
-MOST_TOKENS = 16384
+MOST_BATCH_TOKENS = 16384
 
 
 def plan_batches(
-    lengths: Sequence[int], shapes: Shapes, cost: CostModel = CostModel(), most_tokens: int = MOST_TOKENS
+    lengths: Sequence[int], shapes: Shapes, cost: CostModel = CostModel(), most_tokens: int = MOST_BATCH_TOKENS
 ) -> List[List[int]]:
     """Return the cheapest division of rows, sorted by length, into contiguous micro-batches, as lists of indices into
     `lengths`.

@@ -8,7 +8,7 @@ from traceserve_runtime.errors import InvalidRequest, TraceserveError
 from traceserve_runtime.explaining import integrated_gradients, occlusion
 from traceserve_runtime.explaining.answers import GRADIENTS, OCCLUSION, RowExplanation, explanation
 from traceserve_runtime.explaining.integrated_gradients import STEPS
-from traceserve_runtime.explaining.pacing import MOST_TOKENS
+from traceserve_runtime.explaining.pacing import MOST_EXPLAINED_TOKENS
 from traceserve_runtime.explaining.targets import Aim, Differentiable, ExplanationTarget, scalars
 from traceserve_runtime.explaining.words import Word
 from traceserve_runtime.json_types import Json, JsonObject
@@ -94,8 +94,8 @@ def _without_gradients(explainer: Explainer, wanted: Json, texts: Sequence[Expla
     shortest = explainer.manifest.shapes.shortest
     if any(text.row.length < shortest for text in texts):
         return f"the text is shorter than the {shortest} tokens that the model reads"
-    if any(text.row.length > MOST_TOKENS for text in texts):
-        return f"the text has more than the {MOST_TOKENS:,} tokens whose gradients are computed at a time"
+    if any(text.row.length > MOST_EXPLAINED_TOKENS for text in texts):
+        return f"the text has more than the {MOST_EXPLAINED_TOKENS:,} tokens whose gradients are computed at a time"
     return ""
 
 

@@ -13,7 +13,7 @@ _QUIET = 0.2  # seconds without a prediction, after which explanations take all 
 _SECONDS = 0.03  # of a run without predictions; a prediction that comes then waits for its end
 _GUESS = 5e-5  # seconds per token and step before anything was measured
 _FADING = 0.7  # of the past at each run
-MOST_TOKENS = 1024  # in one run, for memory: its gradients need everything that the model computed
+MOST_EXPLAINED_TOKENS = 1024  # in one run, for memory: its gradients need everything that the model computed
 
 
 class Pacing:
@@ -43,7 +43,7 @@ class Pacing:
         """Return how many of the wanted rows of this length the run that begins now may have; as many as memory holds, if
         nobody can come meanwhile."""
         each = self._seconds / self._tokens if self._tokens else _GUESS
-        rows = max(1, min(wanted, MOST_TOKENS // length))
+        rows = max(1, min(wanted, MOST_EXPLAINED_TOKENS // length))
         if polite:
             beside = self.beside_predictions(time.perf_counter())
             rows = 1 if beside else max(1, min(rows, int(_SECONDS / (each * length))))

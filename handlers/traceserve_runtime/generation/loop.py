@@ -22,7 +22,7 @@ import numpy as np
 from traceserve_runtime import failures
 from traceserve_runtime.batching.batches import Stats
 from traceserve_runtime.batching.costs import CostModel, Pace
-from traceserve_runtime.batching.plan import MOST_ROWS, MOST_TOKENS, plan_batches
+from traceserve_runtime.batching.plan import MOST_BATCH_TOKENS, MOST_ROWS, plan_batches
 from traceserve_runtime.errors import TraceserveError
 from traceserve_runtime.generation.search import Moves, Search
 from traceserve_runtime.generation.steps import FEEDS, IN_PARTS, LEAST_PART, Feed
@@ -181,7 +181,7 @@ class WritingLoop:
         manifest: Manifest,
         kind: str,
         stats: Stats,
-        most_tokens: int = MOST_TOKENS,
+        most_tokens: int = MOST_BATCH_TOKENS,
         pace: Optional[Pace] = None,
         seconds: float = math.inf,
     ) -> None:

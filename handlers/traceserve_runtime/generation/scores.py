@@ -95,39 +95,37 @@ def _biased(scores: np.ndarray, prompt: Sequence[int], tokens: Sequence[int], se
 def _source_repetition(
     scores: np.ndarray, prompt: Sequence[int], tokens: Sequence[int], settings: GenerationSettings
 ) -> None:
-    seen = np.unique(settings.source)
-    penalty = np.float32(1 / settings.source_penalty)
-    scores[seen] = np.where(scores[seen] < 0, scores[seen] * penalty, scores[seen] / penalty)
+    _penalize(scores, settings.source, 1 / settings.source_penalty)
 
 
 def _repetition(scores: np.ndarray, prompt: Sequence[int], tokens: Sequence[int], settings: GenerationSettings) -> None:
-    seen = np.unique([*prompt, *tokens])
-    penalty = np.float32(settings.repetition_penalty)
-    scores[seen] = np.where(scores[seen] < 0, scores[seen] * penalty, scores[seen] / penalty)
+    _penalize(scores, [*prompt, *tokens], settings.repetition_penalty)
+
+
+def _penalize(scores: np.ndarray, seen: Sequence[int], factor: float) -> None:
+    ids, penalty = np.unique(seen), np.float32(factor)
+    scores[ids] = np.where(scores[ids] < 0, scores[ids] * penalty, scores[ids] / penalty)
 
 
 def _ngrams(scores: np.ndarray, prompt: Sequence[int], tokens: Sequence[int], settings: GenerationSettings) -> None:
-    size = settings.no_repeat_ngram_size
-    if size > len(prompt) + len(tokens) + 1:
-        return
     whole = [*prompt, *tokens]
-    last = tuple(whole[len(whole) - size + 1 :])
-    for i in range(len(whole) - size + 1):
-        if tuple(whole[i : i + size - 1]) == last:
-            scores[whole[i + size - 1]] = NEVER
+    _exclude_ngrams(scores, whole, whole, settings.no_repeat_ngram_size)
 
 
 def _source_ngrams(
     scores: np.ndarray, prompt: Sequence[int], tokens: Sequence[int], settings: GenerationSettings
 ) -> None:
-    size = settings.source_ngram_size
-    if size > len(prompt) + len(tokens) + 1:
+    _exclude_ngrams(scores, [*prompt, *tokens], settings.source, settings.source_ngram_size)
+
+
+def _exclude_ngrams(scores: np.ndarray, whole: Sequence[int], source: Sequence[int], size: int) -> None:
+    """Exclude the tokens with which the text would end in `size` tokens of the source."""
+    if size > len(whole) + 1:
         return
-    whole = [*prompt, *tokens]
     last = tuple(whole[len(whole) - size + 1 :])
-    for i in range(len(settings.source) - size + 1):
-        if settings.source[i : i + size - 1] == last:
-            scores[settings.source[i + size - 1]] = NEVER
+    for i in range(len(source) - size + 1):
+        if tuple(source[i : i + size - 1]) == last:
+            scores[source[i + size - 1]] = NEVER
 
 
 def _bad_words(scores: np.ndarray, prompt: Sequence[int], tokens: Sequence[int], settings: GenerationSettings) -> None:

@@ -36,8 +36,8 @@ PROTOCOLS: Dict[str, Protocol] = {
     "openapi.json": openapi.OpenApi(),
     "docs": openapi.Page(),
     "v2": metadata.ServerMetadata(),
-    "v2/health/live": metadata.State("live"),
-    "v2/health/ready": metadata.State("ready"),
+    "v2/health/live": metadata.ReadyState("live"),
+    "v2/health/ready": metadata.ReadyState("ready"),
 }
 # By prefix, for paths that name a model; the first match counts.
 _OF_MODELS: Tuple[Tuple[Pattern[str], Protocol], ...] = (

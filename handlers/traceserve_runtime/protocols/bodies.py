@@ -28,7 +28,7 @@ from typing import Dict, Iterable, Iterator, List, Mapping, NamedTuple, Optional
 
 from traceserve_runtime.errors import InputTooLong, InvalidRequest, UnsupportedMedia
 from traceserve_runtime.protocols import binary_tensors
-from traceserve_runtime.protocols.decoding import Media, codec_of, decode_text, decompress, media_of
+from traceserve_runtime.protocols.decoding import MULTIPART, Media, codec_of, decode_text, decompress, media_of
 from traceserve_runtime.protocols.wording import MOST_ITEMS, JsonBudget, listed, nearest_name, parse_json, short
 from traceserve_runtime.tasks.contract import Task
 
@@ -66,7 +66,7 @@ class Headers(NamedTuple):
     parts: Mapping[str, str] = MappingProxyType({})  # the media type of each part that the frontend parsed
     grpc: bool = False
     explain: bool = False  # came through the explanations endpoint
-    ended: bool = False  # its call already failed; an answer would crash TorchServe
+    refused: str = ""  # why the host has already ended the call; an answer would crash TorchServe
     path: str = ""  # what follows the model's name and version
     client: str = ""  # the client library, by its own account
     binary: Optional[int] = None  # Open Inference: bytes of JSON before the binary tensors
@@ -108,6 +108,10 @@ def _document(value: object, media: Media, task: Type[Task], part: str, most: in
     """Return the text or parsed JSON of a body, or of a part that holds one; what is parsed is counted in `budget`."""
     if not isinstance(value, (bytes, bytearray, str)) or (isinstance(value, str) and media.name == "application/json"):
         return value  # TorchServe parsed it
+    if media.name.startswith("multipart/"):
+        raise UnsupportedMedia(
+            f"{short(media.name)} is not supported, only {MULTIPART} with its boundary; {LEGAL_BODIES}"
+        )
     text = decode_text(value, media, part)
     if not text:
         raise InvalidRequest(f"the body is empty; {LEGAL_BODIES}")
@@ -219,7 +223,7 @@ def _form(row: Mapping[str, object], media: Media, headers: Headers, task: Type[
     """Return the fields of a form or a gRPC call, or the text or JSON that was sent as one."""
     if not row and not headers.content_length:
         raise InvalidRequest(f"the body is empty; {LEGAL_BODIES}")
-    url_encoded = not media.name.startswith("multipart/") and not headers.grpc
+    url_encoded = media.name != MULTIPART and not headers.grpc
     if url_encoded:
         if codec_of(media.charset) not in ("", "utf_8", "ascii"):
             raise UnsupportedMedia(f'the charset "{short(media.charset)}" of a form is not supported; forms are UTF-8')

@@ -14,6 +14,7 @@ from traceserve_runtime.errors import InputTooLong, InvalidRequest, UnsupportedM
 from traceserve_runtime.protocols.wording import short
 
 URL_ENCODED = "application/x-www-form-urlencoded"
+MULTIPART = "multipart/form-data"
 _LARGEST_DECOMPRESSED = 16 << 20  # far above any legal request, far below what a small archive can expand to
 _MOST_MEMBERS = 16  # in a gzip file
 _WINDOWS = {"gzip": 31, "x-gzip": 31, "deflate": 15}
@@ -39,7 +40,7 @@ class Media(NamedTuple):
 
     @property
     def is_form(self) -> bool:
-        return self.name == URL_ENCODED or self.name.startswith("multipart/")
+        return self.name in (URL_ENCODED, MULTIPART)
 
     @property
     def is_json(self) -> bool:

@@ -15,7 +15,6 @@ from traceserve_runtime.protocols.bodies import Headers
 from traceserve_runtime.protocols.contract import Body, Refusal, Served
 from traceserve_runtime.protocols.fields import classifies
 from traceserve_runtime.protocols.kserve import Instances
-from traceserve_runtime.protocols.native import ServedModel
 from traceserve_runtime.protocols.requests import Native, parse_value
 from traceserve_runtime.protocols.wording import short
 from traceserve_runtime.tasks.explained import explained
@@ -25,7 +24,7 @@ from traceserve_runtime.tasks.explained import explained
 class ExplainedInstances(Instances):
     """KServe V1's: the predictions beside their explanations."""
 
-    def document(self, answers: Sequence[Json], model: ServedModel) -> Json:
+    def document(self, answers: Sequence[Json], served: Served) -> Json:
         predictions: List[Json] = [each["answer"] for each in answers if isinstance(each, dict)]
         return {"predictions": predictions, "explanations": list(answers)}
 

@@ -129,10 +129,15 @@ def check_served(name: str, served: Served) -> None:
         raise NotFound(f"the model {short(name)} is not served here; {served.name} is", "model")
 
 
+def wrong_task(served: Served, what: str, needed: str) -> WrongTask:
+    """Return the error for `what` is asked of a model of another task than `needed`."""
+    return WrongTask(f"this model's task is {served.task.name}; {what} by one of {needed}")
+
+
 def check_reads_vectors(served: Served, what: str) -> None:
     """Raise WrongTask if the model's task returns no vectors."""
     if not served.task.reads_vectors:
-        raise WrongTask(f"this model's task is {served.task.name}; {what} by one of feature_extraction")
+        raise wrong_task(served, what, "feature_extraction")
 
 
 def pooled(served: Served) -> Dict[str, object]:
@@ -148,15 +153,13 @@ def without_beams(served: Served) -> Dict[str, object]:
 
 def classifies(served: Served) -> bool:
     """Return whether the model's task labels texts, with a selectable function."""
-    return {"top_k", "function_to_apply"} <= {parameter.name for parameter in served.task.all_parameters()}
+    return all(map(served.task.has_parameter, ("top_k", "function_to_apply")))
 
 
 def check_classifies(served: Served) -> None:
     """Raise WrongTask if the model's task does not label texts."""
     if not classifies(served):
-        raise WrongTask(
-            f"this model's task is {served.task.name}; texts are classified by one of sequence_classification"
-        )
+        raise wrong_task(served, "texts are classified", "sequence_classification")
 
 
 @dataclass(frozen=True)

@@ -69,8 +69,7 @@ class HuggingFace:
             check_size(value, served.manifest.max_rows)
             return tei.similarity(inputs, parameters, served, group)
         streams = boolean(value, "stream")
-        own = {parameter.name for parameter in served.task.all_parameters()}
-        if served.task.loop and "return_full_text" in own:
+        if served.task.loop and served.task.has_parameter("return_full_text"):
             parameters.setdefault("return_full_text", False)
         if streams:
             parameters = {**_streamed(parameters, served), "stream": True, "details": True}

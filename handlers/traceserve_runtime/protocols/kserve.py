@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from typing import Sequence
 
 from traceserve_runtime.json_types import Json
-from traceserve_runtime.protocols.native import Plain, ServedModel
+from traceserve_runtime.protocols.contract import Served
+from traceserve_runtime.protocols.native import Plain
 
 
 @dataclass(frozen=True)
@@ -15,5 +16,5 @@ class Instances(Plain):
 
     is_list: bool = True
 
-    def document(self, answers: Sequence[Json], model: ServedModel) -> Json:
+    def document(self, answers: Sequence[Json], served: Served) -> Json:
         return {"predictions": list(answers)}

@@ -36,7 +36,7 @@ class ServerMetadata(_KServe):
         return Document({"name": "traceserve", "version": __version__, "extensions": ["binary_tensor_data"]})
 
 
-class State(_KServe):
+class ReadyState(_KServe):
     """An answer means that the worker runs, with its model loaded."""
 
     def __init__(self, name: str) -> None:

@@ -4,19 +4,12 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
-from typing import NamedTuple, Optional, Sequence
+from typing import Optional, Sequence
 
 from traceserve_runtime.errors import TraceserveError
 from traceserve_runtime.json_types import Json
 from traceserve_runtime.protocols.contract import Served
 from traceserve_runtime.tasks.contract import Answer, WrittenToken
-
-
-class ServedModel(NamedTuple):
-    """The served model, as named in V2 answers."""
-
-    name: str
-    version: str
 
 
 @dataclass(frozen=True)
@@ -27,9 +20,9 @@ class Plain:
 
     def reply(self, answers: Sequence[Answer], served: Served) -> Json:
         """Return the response; answers that have room include the characters that the model did not see."""
-        return self.document([noted(answer) for answer in answers], ServedModel(served.name, served.version))
+        return self.document([noted(answer) for answer in answers], served)
 
-    def document(self, answers: Sequence[Json], model: ServedModel) -> Json:
+    def document(self, answers: Sequence[Json], served: Served) -> Json:
         """Return the response for all answers."""
         return list(answers) if self.is_list else answers[0]
 

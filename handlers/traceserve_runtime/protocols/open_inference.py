@@ -21,7 +21,7 @@ from traceserve_runtime.errors import InvalidRequest, TraceserveError
 from traceserve_runtime.json_types import Json, JsonObject
 from traceserve_runtime.protocols import binary_tensors
 from traceserve_runtime.protocols.contract import Document, Response, Served
-from traceserve_runtime.protocols.native import ServedModel, noted
+from traceserve_runtime.protocols.native import noted
 from traceserve_runtime.protocols.wording import (
     JsonBudget,
     checked_string,
@@ -62,14 +62,14 @@ class Tensors:
     binary: bool = False  # the output follows the JSON
 
     def reply(self, answers: Sequence[Answer], served: Served) -> Response:
-        document = self.document([noted(answer) for answer in answers], ServedModel(served.name, served.version))
+        document = self.document([noted(answer) for answer in answers], served)
         if not self.binary:
             return document
         body, headers = binary_tensors.written(document)
         return Document(body, binary_tensors.CONTENT_TYPE, headers)
 
-    def document(self, answers: Sequence[Json], model: ServedModel) -> JsonObject:
-        named = {"model_name": model.name, "model_version": model.version}
+    def document(self, answers: Sequence[Json], served: Served) -> JsonObject:
+        named = {"model_name": served.name, "model_version": served.version}
         own = {} if self.id is None else {"id": self.id}
         return {**named, **own, "outputs": [{"name": self.output, **_encoded(list(answers), self.infer)}]}
 
@@ -106,11 +106,11 @@ def are_tensors(inputs: object) -> bool:
     )
 
 
-def infer_error(error: TraceserveError, body: object, model: ServedModel) -> Json:
+def infer_error(error: TraceserveError, body: object, served: Served) -> Json:
     """Return an error as ModelInfer's answer to `body`: an output tensor named "error"."""
     sent = body.get("id") if isinstance(body, dict) else None
     protocol = Tensors(sent if isinstance(sent, str) else "", "error", {}, infer=True)
-    return protocol.document([error.to_json()["error"]], model)
+    return protocol.document([error.to_json()["error"]], served)
 
 
 def read_tensors(value: Mapping[str, Any], task: Type[Task], infer: bool = False) -> Sent:
@@ -219,8 +219,7 @@ def _known(parameters: object, task: Type[Task]) -> object:
     """Drop the parameters that belong to no task."""
     if not isinstance(parameters, dict):
         return {} if parameters is None else parameters
-    own = {parameter.name for parameter in task.all_parameters()}
-    return {key: value for key, value in parameters.items() if key in own or key not in _IGNORED_PARAMETERS}
+    return {key: own for key, own in parameters.items() if key not in _IGNORED_PARAMETERS or task.has_parameter(key)}
 
 
 def _columns(tensors: Sequence[_Tensor], task: Type[Task]) -> Dict[str, _Tensor]:

@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Dict, List, Mapping, Sequence
 
-from traceserve_runtime.errors import InvalidRequest, TraceserveError, WrongTask
+from traceserve_runtime.errors import InvalidRequest, TraceserveError
 from traceserve_runtime.json_types import Json, json_objects
-from traceserve_runtime.protocols import tei
+from traceserve_runtime.protocols import bodies, tei
 from traceserve_runtime.protocols.bodies import Headers
 from traceserve_runtime.protocols.contract import Body, Refusal, Served
 from traceserve_runtime.protocols.fields import (
@@ -24,6 +24,7 @@ from traceserve_runtime.protocols.fields import (
     read_keys,
     require_key,
     text_requests,
+    wrong_task,
 )
 from traceserve_runtime.protocols.openai.shared import OpenAiErrors, error_document, head, usage
 from traceserve_runtime.protocols.requests import checked_fields
@@ -61,7 +62,7 @@ class Rerank:
     def read(self, parts: Mapping[str, object], headers: Headers, served: Served, group: int) -> Body:
         """Read one request."""
         value = json_body(parts, headers, served)
-        if "texts" in value and "documents" not in value:
+        if _is_tei(value):
             return self._tei.read_value(value, served, group)
         asked: Dict[str, object] = {
             **read_keys(value, _RERANK),
@@ -74,14 +75,18 @@ class Rerank:
 
     def error(self, error: TraceserveError, parts: Mapping[str, object], headers: Headers, served: Served) -> Refusal:
         """Return the error in the caller's format."""
-        body = parts.get("body")
-        ours = (
-            b'"texts"' in body if isinstance(body, (bytes, bytearray)) else isinstance(body, dict) and "texts" in body
-        )
-        if ours:
+        try:
+            value = bodies.read_body(parts, headers, served.task, served.manifest.max_rows)
+        except TraceserveError:  # whose body nobody can read
+            value = None
+        if _is_tei(value):
             return self._tei.error(error, parts, headers, served)
         document = error_document(error)
         return Refusal.of({**document, "message": error.message, "detail": error.message}, error)
+
+
+def _is_tei(value: object) -> bool:
+    return isinstance(value, dict) and "texts" in value and "documents" not in value
 
 
 def _list(value: Mapping[str, object], name: str) -> List[object]:
@@ -127,8 +132,8 @@ class Score(OpenAiErrors):
 
     def read(self, parts: Mapping[str, object], headers: Headers, served: Served, group: int) -> Body:
         """Make one request per pair."""
-        if "documents" not in {field.name for field in served.task.fields}:
-            raise WrongTask(f"this model's task is {served.task.name}; pairs are scored by one of text_ranking")
+        if not served.task.has_field("documents"):
+            raise wrong_task(served, "pairs are scored", "text_ranking")
         value = json_body(parts, headers, served)
         parameters = check_values(read_keys(value, _SCORE), served, foreign_names(_SCORE))
         first, second = ([text for text, _ in named_texts(value, name)] for name in ("text_1", "text_2"))

@@ -15,7 +15,7 @@ from traceserve_runtime.protocols import bodies
 from traceserve_runtime.protocols.bodies import LEGAL_BODIES, UNUSED_FIELDS, Headers
 from traceserve_runtime.protocols.contract import Body, Refusal, Served
 from traceserve_runtime.protocols.kserve import Instances
-from traceserve_runtime.protocols.native import PLAIN_TEXT, Plain, ServedModel
+from traceserve_runtime.protocols.native import PLAIN_TEXT, Plain
 from traceserve_runtime.protocols.open_inference import are_tensors, infer_error, read_tensors
 from traceserve_runtime.protocols.wording import (
     DEEPEST,
@@ -43,7 +43,7 @@ class Native:
     def error(self, error: TraceserveError, parts: Mapping[str, object], headers: Headers, served: Served) -> Refusal:
         """Return the error in the format of its protocol: KServe's clients fail on an error that is not a string."""
         if headers.infer:
-            return Refusal.of(infer_error(error, parts["body"], ServedModel(served.name, served.version)), error)
+            return Refusal.of(infer_error(error, parts["body"], served), error)
         if _is_of_kserve(parts.get("body"), headers):
             return Refusal.of({"error": in_words(error)}, error)
         return Refusal.of(error.to_json(), error)
@@ -202,7 +202,7 @@ def _enveloped(
 def checked_fields(fields: Mapping[str, object], task: Type[Task], where: str) -> Mapping[str, object]:
     known = {field.name: field for field in task.fields}
     for key, value in fields.items():
-        if key in (parameter.name for parameter in task.all_parameters()):
+        if task.has_parameter(key):
             raise InvalidRequest(
                 f'"{key}" is a parameter: send it as "parameters": {{"{key}": ...}}', path_to(where, key)
             )

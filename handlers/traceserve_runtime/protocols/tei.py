@@ -8,7 +8,7 @@ from typing import Dict, Mapping, Optional, Sequence
 import numpy as np
 
 from traceserve_runtime import __version__
-from traceserve_runtime.errors import InputTooLong, InvalidRequest, ModelFailure, NotFound, TraceserveError, WrongTask
+from traceserve_runtime.errors import InputTooLong, InvalidRequest, ModelFailure, TraceserveError
 from traceserve_runtime.json_types import Json, JsonObject
 from traceserve_runtime.protocols.bodies import Headers
 from traceserve_runtime.protocols.contract import Body, Document, Form, Refusal, Served
@@ -28,6 +28,7 @@ from traceserve_runtime.protocols.fields import (
     read_keys,
     require_key,
     text_requests,
+    wrong_task,
 )
 from traceserve_runtime.protocols.requests import checked_fields, in_words
 from traceserve_runtime.protocols.wording import kind_of
@@ -55,7 +56,7 @@ _RERANK: Dict[str, Key] = {
 }
 _SIMILARITY: Dict[str, Key] = {**_LENGTHS, "prompt_name": Key("prompt_name")}
 
-# Kind, status and phrase of each error; all others are a backend's.
+# Kind, status and phrase of errors that have others than ours.
 _KINDS = (
     (InputTooLong, "Validation", 413, "Request Entity Too Large"),
     (InvalidRequest, "Validation", 422, "Unprocessable Entity"),
@@ -71,7 +72,7 @@ class Errors:
         for kind, name, status, phrase in _KINDS:
             if isinstance(error, kind):
                 return Refusal({"error": in_words(error), "error_type": name}, status, phrase)
-        kind_name = "Validation" if isinstance(error, (NotFound, WrongTask)) else "Backend"
+        kind_name = "Validation" if error.status < 500 else "Backend"
         return Refusal.of({"error": in_words(error), "error_type": kind_name}, error)
 
 
@@ -94,11 +95,11 @@ class Embed(Errors):
         asked = {**own, **read_keys(value, _EMBED), **lengths(value)}
         parameters = check_values(asked, served, foreign_names(_EMBED))
         requests = text_requests(named_texts(value, "inputs"), parameters, served, group)
-        return Body(requests, _Vectors({"text": "inputs"}, foreign_names(_EMBED), all_tokens=self._all))
+        return Body(requests, _TeiVectors({"text": "inputs"}, foreign_names(_EMBED), all_tokens=self._all))
 
 
 @dataclass(frozen=True)
-class _Vectors(Places):
+class _TeiVectors(Places):
     all_tokens: bool = False
 
     def reply(self, answers: Sequence[Answer], served: Served) -> Json:
@@ -173,7 +174,7 @@ class TeiRerank(Errors):
         function = _function(value, served)
         asked = {**read_keys(value, _RERANK), **lengths(value), "sort": True, "function_to_apply": function}
         return ranking(
-            value, "texts", asked, _RERANK, served, group, _Ranks({"documents": "texts"}, foreign_names(_RERANK))
+            value, "texts", asked, _RERANK, served, group, _TeiRanks({"documents": "texts"}, foreign_names(_RERANK))
         )
 
 
@@ -187,8 +188,8 @@ def ranking(
     form: Form,
 ) -> Body:
     """Return the body for a query and the list of `texts`."""
-    if "documents" not in {field.name for field in served.task.fields}:
-        raise WrongTask(f"this model's task is {served.task.name}; texts are ranked by one of text_ranking")
+    if not served.task.has_field("documents"):
+        raise wrong_task(served, "texts are ranked", "text_ranking")
     fields = {"query": require_key(value, "query"), "documents": require_key(value, texts)}
     try:
         fields = dict(checked_fields(fields, served.task, ""))
@@ -198,7 +199,7 @@ def ranking(
 
 
 @dataclass(frozen=True)
-class _Ranks(Places):
+class _TeiRanks(Places):
     def reply(self, answers: Sequence[Answer], served: Served) -> Json:
         """Return the ranks as the task returns them."""
         return answers[0].value
@@ -256,7 +257,7 @@ class Info(Errors):
         kinds: Dict[str, JsonObject] = {}
         if served.task.reads_vectors:
             kinds["embedding"] = {"pooling": manifest.parameters.get("pooling", "none")}
-        elif "documents" in {field.name for field in served.task.fields}:
+        elif served.task.has_field("documents"):
             kinds["reranker"] = {"id2label": {}, "label2id": {}}
         elif manifest.labels:
             names = {str(i): label for i, label in enumerate(manifest.labels)}

@@ -36,4 +36,7 @@ VARIANTS: Dict[str, Variants] = {
 }
 
 # Those whose archives may have the model's gradients, for explanations.
-GRADIENTS: Dict[str, Gradients] = {"torchscript": gradients.read_gradients, "pretrained": pretrained.gradients_of}
+GRADIENT_READERS: Dict[str, Gradients] = {
+    "torchscript": gradients.read_gradients,
+    "pretrained": pretrained.gradients_of,
+}

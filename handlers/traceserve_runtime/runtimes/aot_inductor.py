@@ -6,12 +6,12 @@ import platform
 from concurrent.futures import Executor
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Callable, List, Optional, Sequence, Tuple
+from typing import TYPE_CHECKING, Callable, List, Optional, Sequence
 
 from traceserve_runtime import processor
 from traceserve_runtime.errors import InvalidManifest, MissingPackage, reason
 from traceserve_runtime.manifest import Manifest
-from traceserve_runtime.runner import Arrays, Padding, State
+from traceserve_runtime.runner import Arrays, Padding, RunsOnce
 from traceserve_runtime.runtimes import team, torch_internals
 from traceserve_runtime.runtimes.torchscript.reader import settle
 from traceserve_runtime.runtimes.variants import Variant
@@ -24,8 +24,8 @@ if TYPE_CHECKING:
 TORCH, MACHINE, INSTRUCTIONS = "torch", "machine", "instructions"
 
 
-class AotInductorRunner:
-    """A compiled model on the CPU; see Runner. None runs in a loop."""
+class AotInductorRunner(RunsOnce):
+    """A compiled model on the CPU; see Runner."""
 
     padding = Padding()
 
@@ -41,15 +41,6 @@ class AotInductorRunner:
             tensors = [torch.from_numpy(inputs[name]) for name in self._manifest.inputs]
             results = self._team.run(self._model, *tensors) if self._team else self._model(*tensors)
             return {name: output.numpy() for name, output in zip(self._manifest.outputs, results)}
-
-    def start(self, inputs: Arrays) -> State:
-        raise NotImplementedError("no writer of aot_inductor writes a model that is run in a loop")
-
-    def step(self, inputs: Arrays, state: State, rows: object = None) -> Tuple[Arrays, State]:
-        raise NotImplementedError("no writer of aot_inductor writes a model that is run in a loop")
-
-    def join(self, states: Sequence[State], length: int) -> State:
-        raise NotImplementedError("no writer of aot_inductor writes a model that is run in a loop")
 
     def open_lanes(self) -> Sequence[Executor]:
         return []  # one run at a time

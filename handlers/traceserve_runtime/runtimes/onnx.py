@@ -13,16 +13,14 @@ from traceserve_runtime import processor
 from traceserve_runtime.errors import InvalidManifest, MissingPackage, reason
 from traceserve_runtime.manifest import Manifest
 from traceserve_runtime.runner import Arrays, Padding, State
-from traceserve_runtime.runtimes.positions import joined_rows
+from traceserve_runtime.runtimes.positions import PAST, joined_rows
 from traceserve_runtime.runtimes.variants import Variant
 from traceserve_runtime.settings import Settings
 from traceserve_runtime.versions import release_of
 
 # `Manifest.runtime`: each graph's file, and ONNX Runtime's optimization level when loading it.
 GRAPHS, LEVEL = "graphs", "graph_optimization_level"
-MODEL, START, STEP = "model", "start", "step"  # the graph of a single pass, and those of a loop
-# Prefixes of a loop's state in the inputs and outputs of the graph `step`; a number follows.
-PAST, PRESENT = "past_", "present_"
+MODEL, START_GRAPH, STEP = "model", "start", "step"  # the graph of a single pass, and those of a loop
 LEVELS = ("ORT_DISABLE_ALL", "ORT_ENABLE_BASIC", "ORT_ENABLE_EXTENDED")
 INT8_SINCE = "1.22"  # older ONNX Runtimes end the process on blockwise int8 products
 
@@ -45,7 +43,7 @@ class _Session(Protocol):
     def run_with_ort_values(self, names: None, inputs: Dict[str, _Tensor]) -> List[_Tensor]: ...
 
 
-class Kept(NamedTuple):
+class DeviceState(NamedTuple):
     """A tensor of a loop's state in ONNX Runtime's own memory: nothing is copied between steps."""
 
     value: _Tensor
@@ -84,19 +82,20 @@ class OnnxRunner:
         return self._outputs(self._graphs[MODEL].run(_values(inputs)))
 
     def start(self, inputs: Arrays) -> State:
-        return tuple(map(Kept, self._graphs[START].run(_values(inputs))))
+        return tuple(map(DeviceState, self._graphs[START_GRAPH].run(_values(inputs))))
 
     def step(self, inputs: Arrays, state: State, rows: Optional[np.ndarray] = None) -> Tuple[Arrays, State]:
         if rows is not None:
-            state = tuple(Kept(_value(kept.value.numpy().take(rows, axis=0))) for kept in state)
+            state = tuple(DeviceState(_value(kept.value.numpy().take(rows, axis=0))) for kept in state)
         past = {f"{PAST}{i}": kept.value for i, kept in enumerate(state)}
         results = self._graphs[STEP].run({**_values(inputs), **past})
-        grown = tuple(map(Kept, results[len(self._manifest.outputs) :]))
+        grown = tuple(map(DeviceState, results[len(self._manifest.outputs) :]))
         return self._outputs(results), (*grown, *state[len(grown) :])
 
     def join(self, states: Sequence[State], length: int) -> State:
         return tuple(
-            Kept(_value(joined_rows([kept.value.numpy() for kept in tensors], length))) for tensors in zip(*states)
+            DeviceState(_value(joined_rows([kept.value.numpy() for kept in tensors], length)))
+            for tensors in zip(*states)
         )
 
     def open_lanes(self) -> Sequence[Executor]:

@@ -7,15 +7,16 @@ import threading
 from concurrent.futures import Executor
 from functools import partial
 from pathlib import Path
-from typing import Any, Dict, FrozenSet, List, Optional, Sequence, Tuple, Union
+from typing import Any, Dict, FrozenSet, List, Optional, Sequence, Union
 
 import numpy as np
 
 from traceserve_runtime import processor
 from traceserve_runtime.errors import InvalidManifest, MissingPackage, last_reason
 from traceserve_runtime.manifest import Manifest
-from traceserve_runtime.runner import Arrays, Padding, State
-from traceserve_runtime.runtimes.openvino_steps import PAST, PRESENT, ROWS, START, SteppingRunner
+from traceserve_runtime.runner import Arrays, Padding, RunsOnce
+from traceserve_runtime.runtimes.openvino_steps import ROWS, START_FILE_KEY, SteppingRunner
+from traceserve_runtime.runtimes.positions import PAST, PRESENT
 from traceserve_runtime.runtimes.variants import Variant
 from traceserve_runtime.settings import Settings
 
@@ -31,7 +32,7 @@ _ROUNDING = {"DYNAMIC_QUANTIZATION_GROUP_SIZE": 32}
 _CAPABILITIES = {"float32": "FP32", "bfloat16": "BF16", "int8": "INT8"}
 
 
-class OpenVinoRunner:
+class OpenVinoRunner(RunsOnce):
     """A model that runs once in OpenVINO on the CPU; see Runner."""
 
     padding = Padding()
@@ -47,15 +48,6 @@ class OpenVinoRunner:
         with self._one_at_a_time:
             results = self._request.infer(arrays, share_inputs=True)
         return dict(zip(self._outputs, results.to_tuple()))
-
-    def start(self, inputs: Arrays) -> State:
-        raise NotImplementedError("a model that runs once does not run in a loop")
-
-    def step(self, inputs: Arrays, state: State, rows: Optional[np.ndarray] = None) -> Tuple[Arrays, State]:
-        raise NotImplementedError("a model that runs once does not run in a loop")
-
-    def join(self, states: Sequence[State], length: int) -> State:
-        raise NotImplementedError("a model that runs once does not run in a loop")
 
     def open_lanes(self) -> Sequence[Executor]:
         return []  # one stream on all cores was faster than one for each: docs/measurements.md
@@ -111,9 +103,9 @@ def read(
     _check_ports(manifest, compiled, loops)
     if not loops:
         return OpenVinoRunner(compiled, manifest)
-    start = manifest.runtime.get(START)
+    start = manifest.runtime.get(START_FILE_KEY)
     if start is not None and start not in manifest.files:
-        raise InvalidManifest(f"runtime.{START} should name a file of the archive")
+        raise InvalidManifest(f"runtime.{START_FILE_KEY} should name a file of the archive")
     first = None if start is None else _compiled(openvino, folder / str(start), weights, properties)
     return SteppingRunner(compiled, first, openvino.Tensor)
 

@@ -14,12 +14,12 @@ from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
 import numpy as np
 
 from traceserve_runtime.runner import Arrays, Padding, State
-from traceserve_runtime.runtimes.positions import joined_rows
+from traceserve_runtime.runtimes.positions import PAST, PRESENT, joined_rows
 
-START = "start"  # in `Manifest.runtime`: the file of the graph that makes the first state, if not all is variables
+START_FILE_KEY = (
+    "start"  # in `Manifest.runtime`: the file of the graph that makes the first state, if not all is variables
+)
 ROWS = "beam_idx"  # the input with the rows of the variables that a step continues
-# Prefixes of what is kept outside of variables in the inputs and outputs of the graphs; a number follows.
-PAST, PRESENT = "past_", "present_"
 
 
 class KeptRows:

@@ -1,10 +1,13 @@
-"""A loop's state as arrays: joining rows of different lengths."""
+"""A loop's state as arrays: its names in graphs without torch, and joining rows of different lengths."""
 
 from __future__ import annotations
 
 from typing import Sequence
 
 import numpy as np
+
+# Prefixes of the state in the inputs and outputs of a step's graph; a number follows.
+PAST, PRESENT = "past_", "present_"
 
 
 def joined_rows(arrays: Sequence[np.ndarray], length: int) -> np.ndarray:

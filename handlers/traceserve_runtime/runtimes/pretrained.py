@@ -36,14 +36,14 @@ Call = Callable[..., "Tuple[torch.Tensor, ...]"]
 
 OLDEST = (4, 41)  # older versions differ in from_pretrained's arguments and save_pretrained's output
 OLDEST_NAMED = ".".join(map(str, OLDEST))
-PAST = "keeps_past"  # in `Manifest.runtime`: whether a loop's step reads only new tokens
-KEPT = "in_float32"  # in `Manifest.runtime`: the layers left in float32
+KEEPS_PAST = "keeps_past"  # in `Manifest.runtime`: whether a loop's step reads only new tokens
+IN_FLOAT32 = "in_float32"  # in `Manifest.runtime`: the layers left in float32
 # Batches and lengths of 1, and an empty cache, are compiled separately: more shapes than torch's own limit of 8, beyond
 # which it would continue uncompiled.
 _COMPILED_SHAPES = 64
 
 
-class _Calls:
+class _LoopCalls:
     """What TorchScriptRunner runs: calls of a model instead of a trace's graphs."""
 
     def __init__(
@@ -70,7 +70,7 @@ class _Calls:
 class PretrainedRunner(TorchScriptRunner):
     """A runner of a model's calls."""
 
-    def __init__(self, calls: _Calls, manifest: Manifest, device: str, own_threads: bool = False) -> None:
+    def __init__(self, calls: _LoopCalls, manifest: Manifest, device: str, own_threads: bool = False) -> None:
         super().__init__(calls, manifest, device, own_threads=own_threads)
         self.calls = calls
 
@@ -85,10 +85,10 @@ def read(manifest: Manifest, folder: Path, device: str, settings: Settings = Set
     with quiet():
         model = _load(manifest, folder)
         names = set(dict(model.named_modules()))
-        kept = manifest.runtime.get(KEPT, [])
+        kept = manifest.runtime.get(IN_FLOAT32, [])
         if not set(kept) <= names:
             raise InvalidManifest(
-                f"runtime.{KEPT} names layers that the model of this transformers does not have: "
+                f"runtime.{IN_FLOAT32} names layers that the model of this transformers does not have: "
                 f"{', '.join(sorted(set(kept) - names)[:3])}; the archive was made with transformers "
                 f"{manifest.versions.get('transformers', 'unknown')}"
             )
@@ -103,8 +103,8 @@ def read(manifest: Manifest, folder: Path, device: str, settings: Settings = Set
     with torch.inference_mode(), computing():
         calls = _LOOPS[manifest.runtime["loop"]](model, manifest, device)
     if not manifest.runtime["torch_compile"]:
-        return PretrainedRunner(_Calls(model, calls, computing), manifest, device)
-    runner = PretrainedRunner(_Calls(model, _compiled(calls), computing), manifest, device, own_threads=True)
+        return PretrainedRunner(_LoopCalls(model, calls, computing), manifest, device)
+    runner = PretrainedRunner(_LoopCalls(model, _compiled(calls), computing), manifest, device, own_threads=True)
     _try(runner, manifest)
     return runner
 
@@ -112,7 +112,7 @@ def read(manifest: Manifest, folder: Path, device: str, settings: Settings = Set
 class _FromEmbeddings:
     """The calls `embed` and `outputs` of a model, whatever it is compiled to; see `from_embeddings`."""
 
-    def __init__(self, calls: _Calls, manifest: Manifest) -> None:
+    def __init__(self, calls: _LoopCalls, manifest: Manifest) -> None:
         embeddings = word_embeddings(calls.model)
         self._computing = calls.computing
         self._look_up = LookUp(embeddings)
@@ -273,7 +273,7 @@ def _once(model: PreTrainedModel, manifest: Manifest, device: str) -> Dict[str, 
 def _decoder(model: PreTrainedModel, manifest: Manifest, device: str) -> Dict[str, Call]:
     import torch
 
-    if not manifest.runtime.get(PAST, True):
+    if not manifest.runtime.get(KEEPS_PAST, True):
         return {"start": stepping.NoTokens(), "step": stepping.DecoderAgain(model)}
     ids = torch.full((1, 2), manifest.tokenizer.pad_id, device=device)
     fixed = manifest.runtime.get(FIXED_STATES, 0)
@@ -286,7 +286,7 @@ def _decoder(model: PreTrainedModel, manifest: Manifest, device: str) -> Dict[st
 
 
 def _encoder_decoder(model: PreTrainedModel, manifest: Manifest, device: str) -> Dict[str, Call]:
-    if not manifest.runtime.get(PAST, True):
+    if not manifest.runtime.get(KEEPS_PAST, True):
         return {"start": stepping.Read(model), "step": stepping.EncoderDecoderAgain(model)}
     return {"start": calling.Begin(model), "step": calling.EncoderDecoderStep(model)}
 

@@ -41,7 +41,7 @@ class Step(Protocol):
     def __call__(self, *tensors: torch.Tensor) -> Tensors: ...
 
 
-class Calls(NamedTuple):
+class StepCalls(NamedTuple):
     """`start` and `step`, see `calling`; whether a step reads only new tokens, with a cache; and how many of the state's
     last tensors have a fixed size, which each step replaces."""
 
@@ -115,17 +115,17 @@ class EncoderDecoderAgain:
         return (result.logits[:, -1].float(), ids)
 
 
-def decoder(model: PreTrainedModel, with_fixed: bool = False) -> Calls:
+def decoder(model: PreTrainedModel, with_fixed: bool = False) -> StepCalls:
     """Return a decoder's calls, determined by reading four tokens; `with_fixed`: also with states of a fixed size."""
     ids = _tokens(model)
     mask = ids.new_ones(ids.shape)
-    again = Calls(NoTokens(), DecoderAgain(model), False)
+    again = StepCalls(NoTokens(), DecoderAgain(model), False)
 
-    def over_a_past() -> Calls:
+    def over_a_past() -> StepCalls:
         past = read_past(model, ids[:, :2], mask[:, :2], with_fixed)
-        return Calls(Empty(past), DecoderStep(model, past.layers), True, len(past.fixed)) if past else again
+        return StepCalls(Empty(past), DecoderStep(model, past.layers), True, len(past.fixed)) if past else again
 
-    def steps(calls: Calls) -> Tensors:
+    def steps(calls: StepCalls) -> Tensors:
         logits = []
         state = calls.start(ids[:, :2], mask[:, :2])
         for new in (slice(0, 2), slice(2, 4)):  # a prompt, too, may be read in parts
@@ -142,13 +142,13 @@ def decoder(model: PreTrainedModel, with_fixed: bool = False) -> Calls:
     return _equal_or_else(over_a_past, again, steps)
 
 
-def encoder_decoder(model: PreTrainedModel) -> Calls:
+def encoder_decoder(model: PreTrainedModel) -> StepCalls:
     """Return the calls of an encoder with a decoder, determined by reading four tokens and writing two."""
     ids = _tokens(model)
     mask = ids.new_ones(ids.shape)
-    again = Calls(Read(model), EncoderDecoderAgain(model), False)
+    again = StepCalls(Read(model), EncoderDecoderAgain(model), False)
 
-    def steps(calls: Calls) -> Tensors:
+    def steps(calls: StepCalls) -> Tensors:
         logits = []
         state = calls.start(ids, mask)
         for new in (slice(0, 1), slice(1, 2)):
@@ -157,10 +157,10 @@ def encoder_decoder(model: PreTrainedModel) -> Calls:
             logits.append(last)
         return tuple(logits)
 
-    return _equal_or_else(lambda: Calls(Begin(model), EncoderDecoderStep(model), True), again, steps)
+    return _equal_or_else(lambda: StepCalls(Begin(model), EncoderDecoderStep(model), True), again, steps)
 
 
-def _equal_or_else(make: Callable[[], Calls], again: Calls, steps: Callable[[Calls], Tensors]) -> Calls:
+def _equal_or_else(make: Callable[[], StepCalls], again: StepCalls, steps: Callable[[StepCalls], Tensors]) -> StepCalls:
     """Return the calls of `make` if they run and their steps agree with rereading everything."""
     import torch
 

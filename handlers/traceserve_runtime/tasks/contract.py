@@ -194,6 +194,16 @@ class Task:
         return (*cls.parameters, LONG_INPUTS_PARAMETER if cls.merges_windows else WITHOUT_WINDOWS)
 
     @classmethod
+    def has_field(cls, name: str) -> bool:
+        """Return whether requests may have this field."""
+        return any(field.name == name for field in cls.fields)
+
+    @classmethod
+    def has_parameter(cls, name: str) -> bool:
+        """Return whether requests may have this parameter."""
+        return any(parameter.name == name for parameter in cls.all_parameters())
+
+    @classmethod
     def texts_of(cls, request: Request) -> List[TextOrPair]:
         """Return the texts, or pairs of texts, that a model typically reads for a request; none of a chat. A builder shows
         them to it, before there is an artifact and so a task: see `segments` for what a worker reads."""
@@ -346,7 +356,7 @@ class Task:
     @property
     def most_tokens(self) -> int:
         """The largest number of tokens in one run, padding included."""
-        return plan.MOST_TOKENS
+        return plan.MOST_BATCH_TOKENS
 
     def from_texts(self, texts: Sequence[str]) -> List[Request]:
         """Make the gate's requests: one per text, and some with two."""

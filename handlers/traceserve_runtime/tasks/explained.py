@@ -11,8 +11,10 @@ from traceserve_runtime.tasks.contract import Request, Task
 from traceserve_runtime.tasks.parameters import Parameter
 
 LABEL = Parameter("label", str, "the label to explain; by default the answer's own")
-START = Parameter("start", int, "the first character of what is explained; by default the answer's own", least=0)
-END = Parameter("end", int, "the character behind what is explained; by default one behind start", least=1)
+START_PARAMETER = Parameter(
+    "start", int, "the first character of what is explained; by default the answer's own", least=0
+)
+END_PARAMETER = Parameter("end", int, "the character behind what is explained; by default one behind start", least=1)
 DOCUMENT = Parameter(
     "document", int, "the index of the document whose score is explained; by default the best", least=0
 )
@@ -53,7 +55,7 @@ def label_index(label: str, labels: Sequence[str]) -> int:
 
 def asked_characters(request: Request) -> Optional[Tuple[int, int]]:
     """Return the characters [start, end) to explain, if the request names some; raises InvalidRequest."""
-    start, end = (request.parameters.get(name) for name in (START.name, END.name))
+    start, end = (request.parameters.get(name) for name in (START_PARAMETER.name, END_PARAMETER.name))
     if start is None:
         if end is not None:
             raise InvalidRequest(

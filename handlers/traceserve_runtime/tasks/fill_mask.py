@@ -200,10 +200,10 @@ class FillMask(Task):
 
 def _best(value: Json) -> List[Tuple[Json, Json]]:
     """Return the best token of each mask, and its text."""
-    found = [json_objects(ranked)[0] for ranked in _ranked(value)]
+    found = [json_objects(ranked)[0] for ranked in _lists(value)]
     return [(each["token"], each["sequence"]) for each in found]
 
 
-def _ranked(value: Json) -> List[Json]:
+def _lists(value: Json) -> List[Json]:
     """Return the answer's lists, one per mask."""
     return value if isinstance(value, list) and isinstance(value[0], list) else [value]

@@ -13,7 +13,7 @@ from traceserve_runtime.largest import largest
 from traceserve_runtime.runner import Arrays
 from traceserve_runtime.softmax import softmax
 from traceserve_runtime.tasks.contract import ModelFacts, Request, Task
-from traceserve_runtime.tasks.explained import END, START, asked_characters
+from traceserve_runtime.tasks.explained import END_PARAMETER, START_PARAMETER, asked_characters
 from traceserve_runtime.tasks.parameters import Field, Output, Parameter
 from traceserve_runtime.texts.rows import Row, Segments
 
@@ -51,7 +51,7 @@ class QuestionAnswering(Task):
         Parameter("handle_impossible_answer", bool, "whether an empty answer (none found) is allowed", default=False),
         Parameter("align_to_words", bool, "widen an answer to whole words", default=True),
     )
-    explains = (START, END)
+    explains = (START_PARAMETER, END_PARAMETER)
     sample = {
         "question": "When does the train leave?",
         "context": "The train to the coast leaves at a quarter past nine from platform four.",

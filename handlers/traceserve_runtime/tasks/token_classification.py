@@ -12,7 +12,7 @@ from traceserve_runtime.json_types import Json, JsonObject, json_objects
 from traceserve_runtime.runner import Arrays
 from traceserve_runtime.softmax import softmax
 from traceserve_runtime.tasks.contract import ModelFacts, Request, Task
-from traceserve_runtime.tasks.explained import END, LABEL, START, asked_characters, label_index
+from traceserve_runtime.tasks.explained import END_PARAMETER, LABEL, START_PARAMETER, asked_characters, label_index
 from traceserve_runtime.tasks.parameters import Field, Output, Parameter, strings
 from traceserve_runtime.texts import windows
 from traceserve_runtime.texts.rows import Row, Segments
@@ -74,7 +74,7 @@ class TokenClassification(Task):
         ),
     )
     labelled = True
-    explains = (LABEL, START, END)
+    explains = (LABEL, START_PARAMETER, END_PARAMETER)
     gate_parameters = {"ignore_labels": ["\0"]}  # leave nothing out
     windows_overlap = True
     sample = {"text": "Ada Lovelace wrote to Charles Babbage from London."}
@@ -139,7 +139,7 @@ class TokenClassification(Task):
         given = None if label is None else label_index(label, self.manifest.labels)
         chosen = self._chosen(request, tokens, scores, given)
         own = np.sum([scores[token.row] for token in chosen], axis=0)
-        if request.parameters.get(START.name) is None:  # where all tokens are ignored, the nearest entity
+        if request.parameters.get(START_PARAMETER.name) is None:  # where all tokens are ignored, the nearest entity
             own = np.where(self._ignored(request), -1.0, own)
         best = int(own.argmax()) if given is None else given
         cells: Dict[int, List[OutputCell]] = {}

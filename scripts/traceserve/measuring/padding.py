@@ -30,7 +30,7 @@ def wastes(
     batch_size: int,
     length_step: Optional[int] = None,
     cost: CostModel = CostModel(),
-    most_tokens: int = plan.MOST_TOKENS,
+    most_tokens: int = plan.MOST_BATCH_TOKENS,
 ) -> List[Waste]:
     """Return the waste of padding rows to `max_length`, to the nearest of a few lengths, or to their micro-batch's.
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Dict, Iterable, Optional, Union
 
+from traceserve_hosts.certificates import wrong_pair
 from traceserve_runtime.manifest import Manifest
 from traceserve_runtime.texts.limits import RequestLimits
 
@@ -30,21 +31,20 @@ class FrontendOptions:
 
     def check(self, only_rsa: bool = True) -> None:
         """Raise ServerError for values that the engine would fail on or ignore; `only_rsa`: it reads no other private keys."""
-        if (self.certificate is None) != (self.key is None):
-            raise ServerError("--certificate and --key are given together, or not at all")
-        if self.certificate is None or self.key is None:
-            return
         for option, file in (("--certificate", self.certificate), ("--key", self.key)):
-            if not file.is_file():
+            if file is not None and not file.is_file():
                 raise ServerError(f"{option} {file} is no file")
-        if only_rsa and "EC PRIVATE KEY" in self.key.read_text(encoding="utf-8", errors="replace"):
+        wrong = wrong_pair(self.certificate, self.key)
+        if wrong is not None:
+            raise ServerError(wrong)
+        if (
+            only_rsa
+            and self.key is not None
+            and "EC PRIVATE KEY" in self.key.read_text(encoding="utf-8", errors="replace")
+        ):
             raise ServerError(
                 f"--key {self.key} is of an elliptic curve, and TorchServe reads RSA alone: --engine ray reads both"
             )
-        try:
-            ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(self.certificate, self.key, password="")
-        except (ssl.SSLError, OSError) as error:
-            raise ServerError(f"--certificate {self.certificate} and --key {self.key} make no pair: {error}") from None
 
     @property
     def scheme(self) -> str:

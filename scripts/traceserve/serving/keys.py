@@ -9,13 +9,12 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
-import os
 import secrets
 import stat
 from pathlib import Path
 from typing import Any, Dict, Optional
 
-from traceserve_hosts import KEY_VARIABLE
+from traceserve_hosts.keys import given_key
 
 from traceserve.errors import ServerError
 from traceserve.machine.private_files import write_private
@@ -40,14 +39,11 @@ def ray_key_file(folder: Path) -> Path:
 
 
 def user_key() -> str:
-    """Return the user's key, which all containers of a deployment share, or a new one; raises ServerError for a blank one.
-
-    A secret that was made of a file often ends with its line break, which no header can hold.
-    """
-    given = os.environ.get(KEY_VARIABLE, "")
-    if given and not given.strip():
-        raise ServerError(f"{KEY_VARIABLE} is blank: set it to a key, or leave it out for a random one")
-    return given.strip() or secrets.token_urlsafe(_KEY_BYTES)
+    """Return the user's key, which all containers of a deployment share, or a new one; raises ServerError for a blank one."""
+    try:
+        return given_key() or secrets.token_urlsafe(_KEY_BYTES)
+    except ValueError as error:
+        raise ServerError(f"{error} for a random one") from None
 
 
 def write_key(file: Path, key: str) -> None:

@@ -96,7 +96,7 @@ def _check(plan: ServerPlan) -> None:
             raise ServerError(
                 f"--most-workers {most} is less than the {archive.workers} workers that {name} starts with"
             )
-        if gpus is not None and not ray_config.gpus(archive.manifest.hardware):
+        if gpus is not None and not archive.manifest.on_gpu:
             raise ServerError(f"--gpus is for archives built for GPUs; {name} is for {archive.manifest.hardware}")
         if archive.manifest.hardware in CHIPS:
             raise ServerError(
@@ -318,7 +318,7 @@ def cores_of_each(most: int) -> int:
 def _replicas(archive: Archive, scaling: Scaling) -> ray_config.Replicas:
     """Return an archive's replicas; those for GPUs share one GPU, if nothing else is said."""
     most = scaling.most or archive.workers
-    gpus = ray_config.gpus(archive.manifest.hardware) / most if scaling.gpus is None else scaling.gpus
+    gpus = float(archive.manifest.on_gpu) / most if scaling.gpus is None else scaling.gpus
     ongoing = scaling.ongoing or 2.0 * archive.serving.batch_size
     found = ray_config.Replicas(archive.workers, most, _cores(archive, scaling), gpus, ongoing)
     return replace(found, surge=0) if gpus else found  # the replicas have all of the GPU

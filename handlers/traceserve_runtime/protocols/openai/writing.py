@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Any, Dict, List, Mapping, Optional, Sequence, Tuple
 
-from traceserve_runtime.errors import InputTooLong, InvalidRequest, WrongTask
+from traceserve_runtime.errors import InputTooLong, InvalidRequest
 from traceserve_runtime.protocols.bodies import Headers
 from traceserve_runtime.protocols.contract import Body, Served
 from traceserve_runtime.protocols.fields import (
@@ -21,6 +21,7 @@ from traceserve_runtime.protocols.fields import (
     read_keys,
     require_key,
     without_beams,
+    wrong_task,
 )
 from traceserve_runtime.protocols.openai.answers import (
     ChatChunks,
@@ -100,7 +101,7 @@ class _Writing(OpenAiErrors):
     def read(self, parts: Mapping[str, object], headers: Headers, served: Served, group: int) -> Body:
         """Make one request per choice of each prompt."""
         if not served.task.loop:
-            raise WrongTask(f"this model's task is {served.task.name}; texts are written by one of text_generation")
+            raise wrong_task(served, "texts are written", "text_generation")
         value = json_body(parts, headers, served)
         parameters = check_values(self._parameters(value, served), served, self._names())
         prompts = self._prompts(value, served)
@@ -133,7 +134,7 @@ class _Writing(OpenAiErrors):
     ) -> Body:
         if len(prompts) > 1 or choices.of_each > 1:
             raise InvalidRequest("one text is streamed at a time: send one prompt, and n = 1", "n")
-        if "stream" not in {parameter.name for parameter in served.task.all_parameters()}:
+        if not served.task.has_parameter("stream"):
             raise InvalidRequest("this model's texts are not streamed; leave stream out", "stream")
         if boolean(value, "echo"):
             raise InvalidRequest('"echo" is not supported for streams', "echo")
@@ -157,7 +158,7 @@ class _Writing(OpenAiErrors):
 
     def _parameters(self, value: Mapping[str, object], served: Served) -> Dict[str, object]:
         found = read_keys(value, self.keys)
-        if "return_full_text" in {parameter.name for parameter in served.task.all_parameters()}:
+        if served.task.has_parameter("return_full_text"):
             found["return_full_text"] = False
         return found
 
@@ -216,8 +217,8 @@ class Chat(_Writing):
     keys = _CHAT
 
     def _prompts(self, value: Mapping[str, object], served: Served) -> List[Tuple[Mapping[str, object], str]]:
-        if "messages" not in {field.name for field in served.task.fields}:
-            raise WrongTask(f"this model's task is {served.task.name}; chats are continued by one of text_generation")
+        if not served.task.has_field("messages"):
+            raise wrong_task(served, "chats are continued", "text_generation")
         messages = require_key(value, "messages")
         if not isinstance(messages, list):
             raise InvalidRequest(f'"messages" should be a list, not {kind_of(messages)}', "messages")

@@ -10,12 +10,13 @@ from __future__ import annotations
 import importlib
 import os
 from pathlib import Path
-from typing import Dict, Iterator, NamedTuple
+from typing import Dict, NamedTuple
 
 from traceserve_runtime.errors import InvalidManifest, MissingPackage, reason
 from traceserve_runtime.manifest import Manifest
 from traceserve_runtime.runtimes import graph as graphs
-from traceserve_runtime.runtimes.graph import Block, Traced
+from traceserve_runtime.runtimes.graph import Traced
+from traceserve_runtime.runtimes.torchscript import devices
 
 CORES = "NEURON_RT_NUM_CORES"  # a process's number of cores; by default all
 CERTAIN_CORES = "NEURON_RT_VISIBLE_CORES"  # or which ones
@@ -44,17 +45,10 @@ class OperatorCounts(NamedTuple):
 
 def operators(module: Traced) -> OperatorCounts:
     """Count the operators of a traced or compiled module, including called modules."""
-    kinds = list(_kinds(module.inlined_graph))
+    kinds = [node.kind() for node in devices.nodes(module.inlined_graph)]
     return OperatorCounts(
         sum(kind.startswith("neuron::") for kind in kinds), sum(k.startswith("aten::") for k in kinds)
     )
-
-
-def _kinds(block: Block) -> Iterator[str]:
-    for node in block.nodes():
-        yield node.kind()
-        for inner in node.blocks():
-            yield from _kinds(inner)
 
 
 def load_graphs(manifest: Manifest, file: Path) -> Traced:

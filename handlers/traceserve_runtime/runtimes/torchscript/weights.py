@@ -47,9 +47,10 @@ def write_places(folder: Path, places: Dict[str, Place], file: str = WEIGHTS_FIL
     (folder / file).write_text(text, encoding="utf-8")
 
 
-def assign(module: Traced, file: Path, places: Dict[str, Place]) -> mmap.mmap:
+def assign(module: Traced, file: Path, places: Dict[str, Place], table_file: str = WEIGHTS_FILE) -> mmap.mmap:
     """Give a loaded graph its weights, mapped from `file`; raises InvalidManifest for one without a position.
 
+    `table_file` is where the positions were read from.
     The returned mapping is copy-on-write: nothing that a worker does reaches the file.
     """
     try:
@@ -62,9 +63,9 @@ def assign(module: Traced, file: Path, places: Dict[str, Place]) -> mmap.mmap:
             try:
                 tensor.data = _tensor(mapped, places[name])
             except (RuntimeError, ValueError, AttributeError, TypeError) as error:
-                raise InvalidManifest(f"{WEIGHTS_FILE} does not fit {file.name} at {name}: {error}") from error
+                raise InvalidManifest(f"{table_file} does not fit {file.name} at {name}: {error}") from error
         elif not tensor.numel():
-            raise InvalidManifest(f"{WEIGHTS_FILE} does not tell where {name} stands")
+            raise InvalidManifest(f"{table_file} does not tell where {name} stands")
     return mapped
 
 
@@ -78,6 +79,6 @@ def _tensor(mapped: mmap.mmap, place: Place) -> torch.Tensor:
     import torch
 
     count, dtype = math.prod(place.shape), getattr(torch, place.dtype)
-    if not count:  # `torch.frombuffer` refuses it
+    if not count and not place.offset:  # as a weight without values is written; `torch.frombuffer` refuses it
         return torch.empty(place.shape, dtype=dtype)
     return torch.frombuffer(mapped, dtype=dtype, count=count, offset=place.offset).view(place.shape)

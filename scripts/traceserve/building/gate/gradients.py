@@ -11,7 +11,7 @@ from traceserve_runtime.errors import TraceserveError, last_reason
 from traceserve_runtime.explaining.integrated_gradients import columns, repeated
 from traceserve_runtime.explaining.targets import Differentiable, OutputCell
 from traceserve_runtime.runner import Arrays
-from traceserve_runtime.runtimes import GRADIENTS
+from traceserve_runtime.runtimes import GRADIENT_READERS
 from traceserve_runtime.runtimes.from_embeddings import NotDifferentiable
 
 from traceserve.building.gate.findings import LIMITS
@@ -38,7 +38,7 @@ def differs(folder: Path) -> Optional[str]:
     engine = Engine.load(folder)
     manifest, task = engine.manifest, engine.task
     try:
-        model = GRADIENTS[manifest.save_mode](manifest, folder, "cpu", engine.runner)
+        model = GRADIENT_READERS[manifest.save_mode](manifest, folder, "cpu", engine.runner)
     except NotDifferentiable as error:
         return str(error)
     except (RuntimeError, ValueError, OSError) as error:

@@ -18,7 +18,7 @@ from traceserve.building.checkpoints.original import Original
 from traceserve.building.gate.loops import FORCED, forced_tokens, generate_original
 
 FORCED_STEPS = 3  # of a loop, per cell of the gate's grid
-MOST_ROWS, MOST_TOKENS = 128, 2048  # of the original, at a time
+MOST_ROWS, MOST_REFERENCE_TOKENS = 128, 2048  # of the original, at a time
 SAME = 1e-5  # a tenth of the gate's limit in float32, by the same measure; seen between one row and many: 2e-6
 
 
@@ -122,7 +122,7 @@ def _batches(wanted: Sequence[Wanted]) -> Iterator[Sequence[Wanted]]:
     for each in wanted:
         by_length.setdefault(each.row.length, []).append(each)
     for length, alike in sorted(by_length.items()):
-        size = max(1, min(MOST_ROWS, MOST_TOKENS // length))
+        size = max(1, min(MOST_ROWS, MOST_REFERENCE_TOKENS // length))
         for start in range(0, len(alike), size):
             yield alike[start : start + size]
 

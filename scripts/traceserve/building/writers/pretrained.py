@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Dict, Iterator, Tuple, Type
 import torch
 from traceserve_runtime.errors import reason
 from traceserve_runtime.runtimes.caches import FIXED_STATES
-from traceserve_runtime.runtimes.pretrained import KEPT, OLDEST, OLDEST_NAMED, PAST
+from traceserve_runtime.runtimes.pretrained import IN_FLOAT32, KEEPS_PAST, OLDEST, OLDEST_NAMED
 from traceserve_runtime.versions import release_of
 
 from traceserve.building.checkpoints.original import Original
@@ -63,7 +63,7 @@ def write(original: Original, task: Type[Task], shapes: Shapes, folder: Path, ta
         original.model.save_pretrained(scratch, max_shard_size=1 << 50)  # one file
         for name in (MODEL_FILE, CONFIG_FILE):
             os.replace(Path(scratch, name), folder / name)
-    runtime = {"auto_model": task.auto_model, "loop": task.loop, KEPT: list(original.kept), **facts}
+    runtime = {"auto_model": task.auto_model, "loop": task.loop, IN_FLOAT32: list(original.kept), **facts}
     return Written(step_inputs, (CONFIG_FILE,), {**runtime, **target.options})
 
 
@@ -82,7 +82,7 @@ def _step_inputs(original: Original, task: Type[Task], with_fixed: bool) -> Tupl
     """
     if task.loop:
         _, step = loop_graphs(original, EXAMPLE_BATCH, EXAMPLE_LENGTH, with_fixed)
-        return step.inputs, {PAST: step.keeps_past, **({FIXED_STATES: step.fixed} if step.fixed else {})}
+        return step.inputs, {KEEPS_PAST: step.keeps_past, **({FIXED_STATES: step.fixed} if step.fixed else {})}
     module = once(original, [output.name for output in task.outputs])
     module(*example(original, EXAMPLE_BATCH, min(EXAMPLE_LENGTH, original.max_length)))
     return (), {}

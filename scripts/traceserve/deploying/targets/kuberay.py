@@ -25,7 +25,7 @@ def serve_config(archives: Sequence[Described], wishes: Wishes) -> Dict[str, obj
             name=each.name,
             version=each.version,
             sha256=each.sha256,
-            replicas=Replicas(1, 6, float(each.serving.threads or 1), _gpus(each)),
+            replicas=Replicas(1, 6, float(each.serving.threads or 1), float(each.manifest.on_gpu)),
         )
         for each in archives
     ]
@@ -34,10 +34,6 @@ def serve_config(archives: Sequence[Described], wishes: Wishes) -> Dict[str, obj
         "http_options": {"host": "0.0.0.0", "port": 8000},
         "applications": applications(hosted),
     }
-
-
-def _gpus(archive: Described) -> float:
-    return 1.0 if resources.KUBERNETES_RESOURCES.get(archive.manifest.hardware) == resources.GPU else 0.0
 
 
 def plan(archives: Sequence[Described], wishes: Wishes) -> Plan:

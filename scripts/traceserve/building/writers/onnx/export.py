@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Dict, Iterator, NamedTuple, Tuple, Type
 
 import torch
-from traceserve_runtime.runtimes.onnx import PAST, PRESENT
+from traceserve_runtime.runtimes.positions import PAST, PRESENT
 
 from traceserve.building.checkpoints.original import Original
 from traceserve.building.writers.tracing.loops import traced_loop

@@ -7,7 +7,7 @@ from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Dict, Iterable, List, Sequence, Tuple, Type
 
-from traceserve_runtime.runtimes.onnx import GRAPHS, INT8_SINCE, LEVEL, MODEL, START, STEP, int8_known
+from traceserve_runtime.runtimes.onnx import GRAPHS, INT8_SINCE, LEVEL, MODEL, START_GRAPH, STEP, int8_known
 from traceserve_runtime.tasks.contract import TextOrPair
 
 from traceserve.building.checkpoints.original import Original
@@ -92,7 +92,10 @@ def _graphs(original: Original, task: Type[Task], shapes: Shapes) -> Tuple[List[
     """Return the graphs to export: one for all shapes, or those of a loop; and a step's inputs."""
     if task.loop:
         start, step, step_inputs = export.of_loop(original, task, TRACED_BATCH, TRACED_LENGTH)
-        return [step._replace(name=STEP, file=MODEL_FILE), start._replace(name=START, file=START_FILE)], step_inputs
+        return [
+            step._replace(name=STEP, file=MODEL_FILE),
+            start._replace(name=START_GRAPH, file=START_FILE),
+        ], step_inputs
     length = max(shapes.lengths) if shapes.lengths else min(TRACED_LENGTH, original.max_length)
     graph = export.of_shape(original, task, TRACED_BATCH, length)
     return [graph._replace(name=MODEL, file=MODEL_FILE)], ()

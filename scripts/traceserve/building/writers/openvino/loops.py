@@ -7,7 +7,8 @@ from typing import Any, NamedTuple, Optional, Sequence, Tuple
 
 import numpy as np
 import torch
-from traceserve_runtime.runtimes.openvino_steps import PAST, PRESENT, ROWS
+from traceserve_runtime.runtimes.openvino_steps import ROWS
+from traceserve_runtime.runtimes.positions import PAST, PRESENT
 
 from traceserve.building.checkpoints.original import Original
 from traceserve.building.writers.openvino.conversion import convert_traced

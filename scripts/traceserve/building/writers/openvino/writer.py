@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Dict, Iterable, Sequence, Tuple, Type
 
 from traceserve_runtime import processor
 from traceserve_runtime.runtimes.openvino import ROUNDED, library, supported
-from traceserve_runtime.runtimes.openvino_steps import START
+from traceserve_runtime.runtimes.openvino_steps import START_FILE_KEY
 from traceserve_runtime.tasks.contract import TextOrPair
 
 from traceserve.building.checkpoints.original import Original
@@ -70,7 +70,7 @@ def write(original: Original, task: Type[Task], shapes: Shapes, folder: Path, ta
         versions["nncf"] = quantizer().__version__
     graphs, step_inputs = _graphs(openvino, original, task, shapes)
     files = save_models(openvino, graphs, folder, original.dtype in _HALVED)
-    runtime: Dict[str, object] = {START: START_FILE} if START_FILE in graphs else {}
+    runtime: Dict[str, object] = {START_FILE_KEY: START_FILE} if START_FILE in graphs else {}
     if original.dtype == DTYPE and task.loop:
         runtime[ROUNDED] = processor.native(original.dtype)  # the gate sees what this processor computes
     return Written(step_inputs, files[1:], runtime, versions)

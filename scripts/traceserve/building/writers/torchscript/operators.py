@@ -14,12 +14,12 @@ from traceserve.building.writers.torchscript import axes
 from traceserve.building.writers.torchscript.axes import Dims
 
 _OVER_FEATURES = ("aten::layer_norm", "aten::rms_norm")  # if these have one axis
-START = ("aten::linear", *_OVER_FEATURES)  # rows are unpadded for these, and stay so from there
+FIRST_UNPADDED = ("aten::linear", *_OVER_FEATURES)  # rows are unpadded for these, and stay so from there
 _BY_ELEMENT = (
     "abs add clamp contiguous detach div dropout erf exp feature_dropout gelu leaky_relu mul neg pow relu rsqrt rsub "
     "sigmoid silu softplus sqrt square sub tanh to"
 )
-_BY_TOKEN = (*START, *(f"aten::{name}" for name in _BY_ELEMENT.split()))
+_BY_TOKEN = (*FIRST_UNPADDED, *(f"aten::{name}" for name in _BY_ELEMENT.split()))
 PREPARED = ("aten::linear", "aten::gelu")  # oneDNN prepares these per number of rows
 RESHAPING = ("aten::view", "aten::reshape")
 _MOVING = ("aten::transpose", "aten::permute", "aten::slice")
@@ -56,7 +56,7 @@ class Operators:
             and _by_token(node)
             and self.dims(node.output()).rows
             and all(i in rows or self.dims(node.inputsAt(i)).fixed for i in tensor_inputs(node))
-            and (node.kind() in START or any(node.inputsAt(i).debugName() in packed for i in rows))
+            and (node.kind() in FIRST_UNPADDED or any(node.inputsAt(i).debugName() in packed for i in rows))
             # Nodes that remove padding from rows need it.
             and not any(self._is_mask(node.inputsAt(i)) for i in rows)
         )

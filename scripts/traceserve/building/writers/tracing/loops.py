@@ -84,7 +84,7 @@ def _encoder_decoder_graphs(
     )
 
 
-def _check(original: Original, calls: stepping.Calls, first: torch.Tensor, loop: Loop) -> None:
+def _check(original: Original, calls: stepping.StepCalls, first: torch.Tensor, loop: Loop) -> None:
     """Raise ExportError for a model that must reread its whole text, but writes differently by itself.
 
     XLNet has a memory in which padding cannot be masked, XLM writes into a masked token.
