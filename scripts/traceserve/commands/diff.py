@@ -96,8 +96,7 @@ def _print_comparison(found: ArchiveComparison) -> None:
         screen.print(examples, highlight=False)
     refused = f" ({found.refused:,} refused by both)" if found.refused else ""
     print_note(
-        f"{len(found.changed):,} of {found.asked:,} answers changed{refused}; scores drift by {found.drift_mean:.1e} on "
-        f"average, {found.drift_max:.1e} at most (limit {found.limit:.1e})",
+        f"{len(found.changed):,} of {found.asked:,} answers changed{refused}; {found.drift_in_words}",
         "equal" if found.equal else "different",
     )
 
