@@ -9,7 +9,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
-from types import MappingProxyType
+from types import MappingProxyType, SimpleNamespace
 from typing import Any, Callable, Dict, List
 
 import numpy as np
@@ -200,6 +200,23 @@ def test_any_sequence_and_mapping_is_an_input(archive: traceserve.BuiltArchive) 
     model = traceserve.load(archive)
     expected = model(["A red flower.", {"text": "A green leaf."}])
     assert model(("A red flower.", MappingProxyType({"text": "A green leaf."}))) == expected
+
+
+def test_iterables_and_numbers_of_numpy_are_inputs(archive: traceserve.BuiltArchive) -> None:
+    model = traceserve.load(archive)
+    texts = ["A red flower.", "A green leaf."]
+    expected = model(texts)
+    series = SimpleNamespace(tolist=lambda: texts)  # as pandas has it
+    assert model(np.array(texts)) == model(text for text in texts) == model(series) == expected  # type: ignore[arg-type]
+    assert model({texts[0]}) == expected[:1]
+    assert model(texts[0], top_k=np.int64(2)) == model(texts[0], top_k=2)
+
+
+def test_a_version_and_a_path(checkpoint: Make, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match='version should be a string, such as "2", not int'):
+        traceserve.build(str(tmp_path), version=2)  # type: ignore[arg-type]
+    with pytest.raises(TraceserveError, match="nothing-here"):
+        traceserve.build(tmp_path / "nothing-here")
 
 
 def test_labels_are_read_before_the_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

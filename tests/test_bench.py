@@ -278,6 +278,13 @@ def test_what_makes_figures_less_than_they_seem_is_told(samples: OwnSamples, mon
     assert "93 % of a core" in note
 
 
+def test_a_span_of_few_slow_requests_is_told(samples: OwnSamples) -> None:
+    with serving(after(0.3)) as slow:
+        document = measure([subject(slow.url, samples)], BenchPlan((1,), None, 1.0, 0.0), "texts.txt", quietly)
+    [note] = notes(document["summary"][0], 1.0)
+    assert note.startswith("a request takes 0.3") and "--seconds 4 or more measures them" in note
+
+
 # --- the page ---------------------------------------------------------------------------------------------------------
 
 

@@ -21,10 +21,12 @@ from traceserve.building.config.save_modes import SAVE_MODES
 from traceserve.building.gate import findings, verification
 from traceserve.building.gate.texts import SENTENCES
 from traceserve.commands import compare
+from traceserve.errors import ExportError
 from traceserve.measuring import formats_compared
-from traceserve.measuring.engine_figures import EngineFigures
+from traceserve.measuring.engine_figures import EngineFigures, measure_engine
 from traceserve.measuring.formats_compared import ComparedFormat, possible_formats
 from traceserve_runtime.tasks import TASKS
+from traceserve_runtime.tasks.contract import Request
 
 LABELS = {"id2label": {0: "red", 1: "green"}, "label2id": {"red": 0, "green": 1}}
 
@@ -162,6 +164,14 @@ def test_the_best_are_marked(capsys: pytest.CaptureFixture[str], monkeypatch: py
     assert first.count("*") == 1 and "4 *" in first and "0 of 34" in first
     assert second.count("*") == 4 and "700 *" in second and "0.5 *" in second and "2 of 340" in second
     assert "onnx in int8: needs [more] packages" in shown
+
+
+def test_refused_requests_are_not_measured(artifact: Path) -> None:
+    rejects = {"long_inputs": "reject"}
+    long, short = Request({"text": "a long text " * 30}, rejects), Request({"text": "short"}, rejects)
+    assert measure_engine(artifact, [long, short, long], 1).refused == 2
+    with pytest.raises(ExportError, match="refuses every one of these requests; the first: the text has "):
+        measure_engine(artifact, [long], 1)
 
 
 def test_what_cannot_be_measured_is_told_and_the_others_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

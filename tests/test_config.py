@@ -125,6 +125,7 @@ BAD: List[Tuple[str, Any, str]] = [
     ("max_batch_delay", 0, "greater than or equal to 1"),
     ("max_batch_delay", 10_001, "less than or equal to 10000"),
     ("response_timeout", 0, "greater than or equal to 1"),
+    ("response_timeout", 86_401, "less than or equal to 86400"),
     ("response_timeout", "5s", "integer"),
     ("client_timeout", 0, "greater than or equal to 1"),
     ("explain_seconds", 0, "greater than or equal to 1"),

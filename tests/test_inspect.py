@@ -209,6 +209,8 @@ def test_changed_missing_and_unknown_files_are_found(artifact: Path, tmp_path: P
 def test_receipts(mar: Path, tmp_path: Path) -> None:
     none = rewritten(mar, tmp_path / "none.mar", lambda d: sealed({**d, "receipt": {}}))
     assert codes(none) == ["no-receipt"]
+    empty = rewritten(mar, tmp_path / "empty.mar", with_receipt(answers=0))
+    assert codes(empty) == ["no-answers"]
     drifted = rewritten(mar, tmp_path / "drift.mar", with_receipt(passed=False, answers_changed=7))
     assert codes(drifted) == ["drift"]
     assert "7 of " in next(f.message for f in inspect_archive(drifted).findings if f.code == "drift")

@@ -288,6 +288,29 @@ def test_a_column_of_a_table(tmp_path: Path) -> None:
     assert [request.inputs["text"] for request in read_samples(path, SequenceClassification)] == ["one, two", "three"]
 
 
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("own.CSV", "label,text\n1,one\n2,two\n"),
+        ("own.tsv", "text\tlabel\none\t1\ntwo\t2\n"),
+        ("own.JSONL", '{"text": "one"}\n"two"\n'),
+        ("own.ndjson", '{"text": "one"}\n"two"\n'),
+    ],
+)
+def test_other_names_of_tables_and_lines_of_json(name: str, content: str, tmp_path: Path) -> None:
+    path = tmp_path / name
+    path.write_text(content, encoding="utf-8")
+    assert [request.inputs["text"] for request in read_samples(path, SequenceClassification)] == ["one", "two"]
+
+
+@pytest.mark.parametrize("name", ["own.json", "own.parquet", "own.xlsx", "own.jsonl.gz", "own.JSON"])
+def test_other_formats_are_not_read_as_lines(name: str, tmp_path: Path) -> None:
+    path = tmp_path / name
+    path.write_text('[\n"one",\n"two"\n]\n', encoding="utf-8")
+    with pytest.raises(ConfigError, match=f"{name} is .*(save it as .csv|a .jsonl file|unpack it first)"):
+        OwnSamples.read(path)
+
+
 def test_windows_line_ends(tmp_path: Path) -> None:
     path = tmp_path / "own.txt"
     path.write_bytes(b"one\r\ntwo\r\n")
@@ -318,6 +341,14 @@ def test_a_build_compares_on_the_samples_of_a_pipe(checkpoint: Callable[..., Pat
     with piped("one", "two") as path:
         made = run_export(tmp_path / "x", {"model_name": str(checkpoint("bert")), "max_length": 16}, samples_file=path)
     assert made.manifest.receipt["own_answers"] == 2
+
+
+def test_predict_names_the_line_that_is_not_utf_8(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "stdin", io.StringIO("one\ncaf\udce9\n"))
+    assert cli.main(["predict", "nobody", "-"]) == 1
+    assert "predict: standard input, line 2, is not UTF-8" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("options", [["--file", "own.txt"], ["-"]])

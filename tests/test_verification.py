@@ -10,7 +10,7 @@ import time
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Callable, Set, Tuple
+from typing import Any, Callable, Dict, Set, Tuple
 
 import conftest
 import numpy as np
@@ -31,10 +31,12 @@ from traceserve.building.gate.texts import TEXTS, VERY_LONG
 from traceserve.building.writers import WRITERS
 from traceserve.building.writers.contract import Writer, Written
 from traceserve.building.writers.torchscript import writer
-from traceserve.commands import printing
-from traceserve.errors import ExportError
+from traceserve.commands import build, printing
+from traceserve.errors import ExportError, UnaskableError
 from traceserve_runtime.engine import Engine
 from traceserve_runtime.manifest import Manifest, Shapes, sha256
+from traceserve_runtime.protocols.requests import parse_value
+from traceserve_runtime.tasks import TASKS
 from traceserve_runtime.tasks.contract import Answer, Request
 from traceserve_runtime.texts.rows import Encoded
 
@@ -316,6 +318,67 @@ def test_the_users_samples_are_compared_too(checkpoint: Callable[..., Path], tmp
     plain = run_export(tmp_path / "a", content)
     more = run_export(tmp_path / "b", content, samples_file=tmp_path / "mine.txt")
     assert more.findings.answers == plain.findings.answers + 2
+
+
+REJECTS = {"max_length": 16, "long_inputs": "reject"}
+
+
+@pytest.mark.parametrize(
+    ("architecture", "task", "options"),
+    [
+        ("bert", "sequence_classification", {"max_length": 4}),
+        ("bert", "fill_mask", {"max_length": 4}),
+        ("llama", "text_generation", {"max_length": 8}),
+        ("t5", "text2text_generation", {"max_length": 4}),
+    ],
+)
+def test_a_short_max_length_can_be_served(
+    architecture: str, task: str, options: Dict[str, Any], checkpoint: Callable[..., Path], tmp_path: Path
+) -> None:
+    source = checkpoint(architecture, TASKS[task].auto_model)
+    content = {"model_name": str(source), "task": task, "long_inputs": "reject", **options}
+    assert run_export(tmp_path / "tiny", content).findings.answers > 0
+    engine = Engine.load(tmp_path / "tiny")
+    engine.warm_up()
+    body = engine.task.canary_body(engine.manifest)
+    [answer] = engine.answer(parse_value(body, type(engine.task), 0, engine.manifest.max_rows).requests)
+    assert isinstance(answer, Answer), answer
+
+
+def test_a_max_length_too_short_for_the_sample_is_told(checkpoint: Callable[..., Path], tmp_path: Path) -> None:
+    source = checkpoint("bert", "AutoModelForQuestionAnswering")
+    content = {"model_name": str(source), "task": "question_answering", "max_length": 8, "long_inputs": "reject"}
+    with pytest.raises(UnaskableError, match="max_length 8 is too short for question_answering: the built-in sample"):
+        run_export(tmp_path / "tiny", content)
+
+
+def test_own_samples_that_are_refused_are_counted(
+    checkpoint: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "mine.txt").write_text("short\n" + 2 * ("a long text " * 30 + "\n"))
+    content = {"model_name": str(checkpoint("bert", **LABELS)), **REJECTS}
+    made = run_export(tmp_path / "a", content, samples_file=tmp_path / "mine.txt")
+    refused = made.manifest.receipt["own_refused"]
+    assert refused["samples"] == 2 and "this model reads 16" in refused["because"]
+    assert made.findings.own_answers == 1 and made.report()["candidates"][0]["own_refused"] == 2  # type: ignore[index]
+    build._print_samples(made.findings)
+    assert "2 of your 3 samples were not compared: the text has " in capsys.readouterr().err
+
+
+def test_own_samples_that_are_all_refused_end_the_build(checkpoint: Callable[..., Path], tmp_path: Path) -> None:
+    (tmp_path / "mine.txt").write_text(2 * ("a long text " * 30 + "\n"))
+    content = {"model_name": str(checkpoint("bert", **LABELS)), **REJECTS}
+    with pytest.raises(UnaskableError, match="none of your samples can be compared: .* this model reads 16"):
+        run_export(tmp_path / "a", content, samples_file=tmp_path / "mine.txt")
+
+
+def test_nothing_compared_is_no_pass(
+    checkpoint: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(verification, "TEXTS", (VERY_LONG,))
+    content = {"model_name": str(checkpoint("bert", **LABELS)), **REJECTS}
+    with pytest.raises(UnaskableError, match="no built-in text fits into max_length"):
+        run_export(tmp_path / "a", content)
 
 
 def test_an_untraceable_model_is_told(

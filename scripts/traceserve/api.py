@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import re
-import tempfile
 import weakref
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Callable, Dict, Iterator, Mapping, Match, Optional, Sequence, Union
+from typing import AbstractSet, Any, Callable, Dict, Iterable, Iterator, Mapping, Match, Optional, Sequence, Union
 
 from traceserve_runtime.engine import Engine
 from traceserve_runtime.errors import TraceserveError
@@ -39,7 +39,7 @@ _WORDS = (
     (re.compile(r"TorchServe asks for the device"), lambda found: "the caller asks for the device"),
 )
 
-Input = Union[str, Mapping[str, Any], Sequence[Union[str, Mapping[str, Any]]]]
+Input = Union[str, Mapping[str, Any], Iterable[Union[str, Mapping[str, Any]]]]
 
 
 @dataclass(frozen=True)
@@ -52,12 +52,12 @@ class BuiltArchive:
 
 
 def build(
-    model_name: Optional[str] = None,
+    model_name: Union[str, Path, None] = None,
     *,
     config: Union[str, Path, None] = None,
     output: Union[str, Path, None] = None,
     store: Union[str, Path] = STORE,
-    samples: Union[str, Path, Sequence[str], None] = None,
+    samples: Union[str, Path, Iterable[str], None] = None,
     keep_samples: bool = False,
     allow_drift: bool = False,
     force: bool = False,
@@ -83,10 +83,12 @@ def build(
     Raises:
         TraceserveError: with a sentence that says what to do; nothing is left half-made.
     """
+    if not isinstance(version, (str, type(None))):
+        raise ConfigError(f'version should be a string, such as "{version}", not {type(version).__name__}')
     quiet: Progress = progress or (lambda what, done, total: None)
-    with tempfile.TemporaryDirectory(prefix="traceserve-samples.") as folder, _in_python(Path(folder)):
-        gate = GateOptions(_samples_file(samples, Path(folder)), allow_drift, keep_samples)
-        loaded = _configured(model_name, config, keys)
+    with staging.scratch() as folder, _in_python(folder):
+        gate = GateOptions(_samples_file(samples, folder), allow_drift, keep_samples)
+        loaded = _configured(model_name if model_name is None else os.fspath(model_name), config, keys)
         written = build_targets(loaded, Path(output) if output else None, Path(store), version, force)
         assert written.archive is not None
         exported = export_and_pack(loaded, written, quiet, gate)
@@ -105,7 +107,7 @@ def _configured(model_name: Optional[str], config: Union[str, Path, None], keys:
     return LoadedConfig(parsed, Path.cwd(), notes)
 
 
-def _samples_file(samples: Union[str, Path, Sequence[str], None], folder: Path) -> Optional[Path]:
+def _samples_file(samples: Union[str, Path, Iterable[str], None], folder: Path) -> Optional[Path]:
     """Return the file of the samples; texts are written into `folder`."""
     if samples is None or isinstance(samples, (str, Path)):
         return Path(samples) if samples else None
@@ -158,8 +160,8 @@ class LoadedArchive:
         object with label and score, or a list of these with `top_k`; for a list of inputs a list, one item for each.
 
         Args:
-            inputs: A text; an object of the task's fields, such as `{"question": ..., "context": ...}`; or a list of
-                either, which gives a list of answers, in order.
+            inputs: A text; an object of the task's fields, such as `{"question": ..., "context": ...}`; or a list, or
+                another iterable, of either, which gives a list of answers, in order.
             **parameters: The task's parameters, such as `top_k`.
 
         Raises:
@@ -235,10 +237,15 @@ def _asked(inputs: Input, parameters: Mapping[str, Any]) -> object:
 
 
 def _plain(value: object) -> object:
-    """Return a value as JSON has it: any mapping as an object, any sequence as a list."""
+    """Return a value as JSON has it: any mapping as an object, any sequence, set, iterator, array or Series as a list, and
+    a number of numpy as Python's."""
     if isinstance(value, Mapping):
         return {key: _plain(each) for key, each in value.items()}
-    if isinstance(value, Sequence) and not isinstance(value, (str, bytes, bytearray)):
+    if isinstance(value, (bytes, bytearray, memoryview)):
+        return value
+    if hasattr(value, "tolist"):
+        return _plain(value.tolist())
+    if isinstance(value, (Sequence, AbstractSet, Iterator)) and not isinstance(value, str):
         return [_plain(each) for each in value]
     return value
 

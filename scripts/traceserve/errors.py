@@ -39,6 +39,10 @@ class UnwritableError(ExportError):
     """The model cannot be written in this save mode, but perhaps in another."""
 
 
+class UnaskableError(ExportError):
+    """Nothing can be compared, or no server be ready, however the model is written: requests do not fit into max_length."""
+
+
 class ArchiveError(TraceserveError):
     """The archive cannot be made, or is not ours."""
 

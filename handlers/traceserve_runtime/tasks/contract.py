@@ -189,6 +189,18 @@ class Task:
         return {**cls.sample, **({"parameters": cls.sample_parameters} if cls.sample_parameters else {})}
 
     @classmethod
+    def canary_body(cls, manifest: Manifest) -> JsonObject:
+        """Return the body of a request that each archive answers, whatever its max_length and its way with long texts: its
+        build has asked it."""
+        body = cls.sample_body(manifest.facts)
+        return {**body, "parameters": {**cls.sample_parameters, **cls.short_parameters(manifest)}}
+
+    @classmethod
+    def short_parameters(cls, manifest: Manifest) -> JsonObject:
+        """Return the parameters by which the sample is answered where max_length is short."""
+        return {"long_inputs": "truncate"}
+
+    @classmethod
     def all_parameters(cls) -> Tuple[Parameter, ...]:
         """Return the task's own parameters and those of every task."""
         return (*cls.parameters, LONG_INPUTS_PARAMETER if cls.merges_windows else WITHOUT_WINDOWS)

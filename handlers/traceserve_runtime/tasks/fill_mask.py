@@ -64,6 +64,11 @@ class FillMask(Task):
         """Use the model's own mask token."""
         return {"text": cls.sample["text"].replace("[MASK]", facts.get("mask_token", "[MASK]"))}
 
+    @classmethod
+    def canary_body(cls, manifest: Manifest) -> JsonObject:
+        """Ask for a mask alone, which no max_length cuts off."""
+        return {**super().canary_body(manifest), "text": manifest.facts["mask_token"]}
+
     @property
     def most_tokens(self) -> int:
         return max(1, _MOST_BYTES // (4 * self.tokenizer.vocabulary_size))
@@ -195,7 +200,9 @@ class FillMask(Task):
     def warm_up_requests(self) -> List[Request]:
         requests = super().warm_up_requests()
         mask = self.manifest.facts["mask_token"]
-        return [Request({"text": r.inputs["text"].replace("[MASK]", mask)}, r.parameters) for r in requests]
+        texts = [r.inputs["text"].replace("[MASK]", mask) for r in requests]
+        # A mask at the beginning, which a short max_length does not cut off.
+        return [Request({"text": f"{mask} {text}"}, r.parameters) for text, r in zip(texts, requests)]
 
 
 def _best(value: Json) -> List[Tuple[Json, Json]]:

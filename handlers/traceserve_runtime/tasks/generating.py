@@ -39,6 +39,7 @@ from traceserve_runtime.texts.written_text import WrittenText
 
 # Settings of transformers with another name here.
 _PARAMETERS_OF = {"stop_strings": "stop"}
+NEW_TOKENS_OF_SAMPLE, _NEW_TOKENS_OF_WARM_UP = 24, 4  # the gate's samples too; fewer where max_length is short
 _COLD = 1e-6  # a temperature below it leaves only the best token, and scores divided by it would be infinite
 
 
@@ -48,7 +49,7 @@ class Generating(Task):
     outputs = (Output("logits", per_token=False),)
     merges_windows = False
     pipeline_defaults: ClassVar[Dict[str, object]] = {}  # if the checkpoint sets nothing
-    gate_parameters = {"max_new_tokens": 24, "do_sample": False}
+    gate_parameters = {"max_new_tokens": NEW_TOKENS_OF_SAMPLE, "do_sample": False}
 
     def __init__(self, manifest: Manifest, tokenizer: TextTokenizer) -> None:
         super().__init__(manifest, tokenizer)
@@ -118,6 +119,10 @@ class Generating(Task):
         if not isinstance(prefix, (str, type(None))):
             raise Unsupported(f"config.json says prefix = {prefix!r}, but it should be a string; remove it, or fix it")
         return prefix or ""
+
+    @classmethod
+    def short_parameters(cls, manifest: Manifest) -> JsonObject:
+        return {**super().short_parameters(manifest), "max_new_tokens": that_fit(NEW_TOKENS_OF_SAMPLE, manifest)}
 
     def parts(self, requests: Sequence[Request]) -> List[Parts]:
         parts = super().parts(requests)
@@ -366,7 +371,13 @@ class Generating(Task):
 
     def warm_up_requests(self) -> List[Request]:
         """Write a few tokens."""
-        return [Request(self.sample, {"max_new_tokens": 4, "long_inputs": "truncate"})]
+        most = that_fit(_NEW_TOKENS_OF_WARM_UP, self.manifest)
+        return [Request(self.sample, {"max_new_tokens": most, "long_inputs": "truncate"})]
+
+
+def that_fit(most: int, manifest: Manifest) -> int:
+    """Return so many new tokens, or half of max_length where that is not longer: a decoder reads and writes within it."""
+    return most if most < manifest.max_length else max(1, manifest.max_length // 2)
 
 
 def _written(search: Search) -> Arrays:

@@ -11,7 +11,7 @@ from traceserve_runtime.generation.scores import GenerationSettings
 from traceserve_runtime.json_types import Json
 from traceserve_runtime.runner import Arrays
 from traceserve_runtime.tasks.contract import ModelFacts, Parts, Request
-from traceserve_runtime.tasks.generating import Generating, first_id
+from traceserve_runtime.tasks.generating import NEW_TOKENS_OF_SAMPLE, Generating, first_id
 from traceserve_runtime.tasks.generation_parameters import PARAMETERS
 from traceserve_runtime.tasks.parameters import Field, Parameter
 from traceserve_runtime.texts.pieces import renumbered
@@ -55,7 +55,7 @@ class Text2TextGeneration(Generating):
     parameters = (*PARAMETERS, *_LANGUAGES)
     pipeline_defaults = {"num_beams": 4}
     task_specific_params = True
-    sample_parameters = {"max_new_tokens": 24}
+    sample_parameters = {"max_new_tokens": NEW_TOKENS_OF_SAMPLE}
     sample = {"text": "The train to the coast leaves at a quarter past nine from platform four."}
 
     @classmethod

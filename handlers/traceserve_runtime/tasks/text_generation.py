@@ -10,7 +10,7 @@ from traceserve_runtime.errors import InputTooLong, InvalidRequest
 from traceserve_runtime.json_types import Json
 from traceserve_runtime.runner import Arrays
 from traceserve_runtime.tasks.contract import Answer, Details, ModelFacts, Request
-from traceserve_runtime.tasks.generating import Generating
+from traceserve_runtime.tasks.generating import NEW_TOKENS_OF_SAMPLE, Generating, that_fit
 from traceserve_runtime.tasks.generation_parameters import PARAMETERS
 from traceserve_runtime.tasks.parameters import Field, Parameter
 from traceserve_runtime.texts import chat
@@ -43,7 +43,7 @@ class TextGeneration(Generating):
         Parameter("truncate", int, "read no more than this many tokens of the prompt, its last ones"),
     )
     sample = {"text": "Once upon a time there was a little"}
-    sample_parameters = {"max_new_tokens": 24}
+    sample_parameters = {"max_new_tokens": NEW_TOKENS_OF_SAMPLE}
 
     @classmethod
     def facts(cls, model: ModelFacts) -> Dict[str, object]:
@@ -175,5 +175,6 @@ class TextGeneration(Generating):
 
     def from_texts(self, texts: Sequence[str]) -> List[Request]:
         """Use each text as a prompt; truncate the long ones."""
-        parameters = {**self.gate_parameters, "long_inputs": "truncate"}
+        most = that_fit(NEW_TOKENS_OF_SAMPLE, self.manifest)
+        parameters = {**self.gate_parameters, "max_new_tokens": most, "long_inputs": "truncate"}
         return [Request({"text": text}, parameters) for text in texts if text]

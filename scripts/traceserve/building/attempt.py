@@ -32,7 +32,7 @@ from traceserve.building.speeds import measure_speeds
 from traceserve.building.writers import WRITERS
 from traceserve.building.writers.neuron.compilers import CompileError
 from traceserve.building.writers.shapes import without_padding
-from traceserve.errors import ExportError
+from traceserve.errors import ExportError, UnaskableError
 from traceserve.machine import neuron_cores, space
 
 _WRITTEN_TEXTS = 16  # for measuring the speed of generation
@@ -97,7 +97,7 @@ class Attempt:
             for padded, shapes in self._ways(lowered, drifted):
                 try:
                     manifest, findings = self._proven(padded, shapes, folder)
-                except CompileError:
+                except (CompileError, UnaskableError):
                     raise
                 except ExportError as error:
                     refused.append(error)  # tracing may fail at one length and not at another

@@ -31,6 +31,7 @@ class Candidate:
             "answers_changed": len(found.changed) if found else 0,
             "own_answers": found.own_answers if found else 0,
             "own_answers_changed": found.own_changed if found else 0,
+            **({"own_refused": found.own_refused} if found and found.own_refused else {}),
             "largest_difference": found.largest_difference if found else None,
             "refused": self.refused,
             **({"along_texts": found.row["along_texts"]} if found and found.along is not None else {}),

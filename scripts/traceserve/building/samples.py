@@ -16,12 +16,24 @@ from traceserve_runtime.tasks.contract import Request, Task
 
 from traceserve.errors import ConfigError
 
+_BODIES = (".jsonl", ".ndjson")  # each line is a request body
+_SEPARATORS = {".csv": ",", ".tsv": "\t"}
+# What would be read as lines of text, and what to do instead.
+_TABLE = "a table, which is not read here; save it as .csv, with a column text"
+_PACKED = "compressed; unpack it first"
+_REFUSED = {
+    ".json": "one JSON document, which is not read here; write a request body on each line of a .jsonl file, such as "
+    '{"text": "..."}',
+    **dict.fromkeys((".parquet", ".arrow", ".feather", ".xlsx", ".xls", ".ods"), _TABLE),
+    **dict.fromkeys((".gz", ".bz2", ".xz", ".zst", ".zip"), _PACKED),
+}
+
 
 @dataclass(frozen=True)
 class OwnSamples:
     """What a file of samples holds. It is read once: it may be a pipe.
 
-    `lines`: the numbered non-blank ones, or the cells of a .csv file's column `text`.
+    `lines`: the numbered non-blank ones, or the cells of a .csv or .tsv file's column `text`.
     """
 
     path: Path
@@ -35,7 +47,7 @@ class OwnSamples:
     @property
     def whole(self) -> bool:
         """Whether each line is a request body, as in a .jsonl file."""
-        return self.path.suffix == ".jsonl"
+        return self.path.suffix.lower() in _BODIES
 
     def requests(self, task: Type[Task]) -> List[Request]:
         """Return the requests in all lines; raises ConfigError for one that is none."""
@@ -51,13 +63,16 @@ class OwnSamples:
 
 
 def _lines(path: Path) -> List[Tuple[int, str]]:
+    suffix = path.suffix.lower()
+    if suffix in _REFUSED:
+        raise ConfigError(f"--samples {path} is {_REFUSED[suffix]}")
     try:
         content = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"--samples {path} cannot be read: {error}") from None
-    if path.suffix == ".csv":
+    if suffix in _SEPARATORS:
         csv.field_size_limit(max(csv.field_size_limit(), len(content)))  # a long text is no error
-        rows = csv.DictReader(io.StringIO(content, newline=""))
+        rows = csv.DictReader(io.StringIO(content, newline=""), delimiter=_SEPARATORS[suffix])
         columns = rows.fieldnames or ()
         if "text" not in columns:
             raise ConfigError(f"--samples {path} should have a header with a column text, not: {', '.join(columns)}")

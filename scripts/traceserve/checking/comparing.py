@@ -87,6 +87,14 @@ class ArchiveComparison:
         """Whether labels, tokenizers and answers are the same, and scores within the limit of their dtypes."""
         return not (self.labels or self.tokenizer or self.changed or not self.drift_max <= self.limit)
 
+    @property
+    def drift_in_words(self) -> str:
+        """How far the scores of equal answers drift; or that there are none."""
+        if self.asked <= len(self.changed) + self.refused:
+            return "no scores are comparable"
+        average, limit = f"{self.drift_mean:.1e} on average", f"limit {self.limit:.1e}"
+        return f"scores of the others drift by {average}, {self.drift_max:.1e} at most ({limit})"
+
     def document(self) -> Dict[str, Any]:
         """Return it as JSON, with the texts of the changed answers."""
         return {**asdict(self), "equal": self.equal}

@@ -32,8 +32,7 @@ def comparison_page(found: ArchiveComparison) -> str:
     head = (
         f'<h1><span class="a">{escape(found.sides[0].path)}</span> and <span class="b">{escape(found.sides[1].path)}</span></h1>'
         f'<p><span class="verdict {verdict}">{verdict}</span>: {len(found.changed):,} of {found.asked:,} answers changed'
-        f"{refused}; scores of the others drift by {found.drift_mean:.1e} on average, {found.drift_max:.1e} at most (limit "
-        f"{found.limit:.1e})."
+        f"{refused}; {found.drift_in_words}."
         f'<br><span class="quiet">{escape(found.task)}; {"your samples" if found.own else "built-in samples"}; each archive in '
         f"a process of its own, {found.threads} thread(s).</span></p>"
     )

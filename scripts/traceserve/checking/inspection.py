@@ -187,6 +187,12 @@ def _of_the_receipt(manifest: Manifest) -> Iterator[InspectionFinding]:
             "no-receipt",
             "it has no receipt: its answers were never compared with the original's; build it again",
         )
+    elif receipt.get("answers") == 0:
+        yield InspectionFinding(
+            WARNING,
+            "no-answers",
+            "none of its answers was compared with the original's: no text fitted; build it again",
+        )
     elif not receipt.get("passed"):
         along = receipt.get("along_texts")
         changed = (

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Iterator, Optional, Sequence, Tuple
 
@@ -18,6 +19,8 @@ if TYPE_CHECKING:
 
     from traceserve.measuring.documents import BenchDocument, Load, Peak, Summary
 
+_SPANS = 10  # of one request's time, that a closed loop should last
+
 
 def _add_bench(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("place", metavar="NAME|URL", help="a served archive, or any HTTP endpoint")
@@ -26,7 +29,7 @@ def _add_bench(parser: argparse.ArgumentParser) -> None:
         type=Path,
         required=True,
         metavar="FILE",
-        help="requests to send, shuffled and repeated: texts, one per line, or a .csv with a column text, or request "
+        help="requests to send, shuffled and repeated: texts, one per line, or a .csv or .tsv with a column text, or request "
         "bodies in a .jsonl; use realistic texts, since the speed depends on their lengths",
     )
     parser.add_argument(
@@ -95,15 +98,17 @@ def _add_bench(parser: argparse.ArgumentParser) -> None:
 def _bench(options: argparse.Namespace) -> int:
     from traceserve.archives import staging
     from traceserve.building.samples import OwnSamples
-    from traceserve.measuring import bench, page, targets, transfers
+    from traceserve.measuring import bench, load_generator, page, targets, transfers
 
     transfers.require_libcurl()
     if options.html:
         page.require_plotly()
     require_writable(options.json, options.html)
-    if options.rate and len(options.connections or ()) > 1:
+    most = load_generator.MOST_CONNECTIONS
+    if options.rate and options.connections and (len(options.connections) > 1 or options.connections[0] <= most):
         raise TraceserveError(
-            "bench: at a --rate, connections are opened as needed; give --connections one initial number, or none"
+            f"bench: at a --rate, up to {most} connections are opened as needed; leave --connections out, or give it one larger "
+            "number, to open more"
         )
     plan = bench.BenchPlan(
         connections=options.connections or (16,),
@@ -129,11 +134,12 @@ def _bench(options: argparse.Namespace) -> int:
             lambda what, share: bar(what, int(1000 * share), 1000),
             _measure_peak if any(asked.arithmetic for asked in measured) else None,
         )
-    _print_bench(document)
+    # First of all: whoever reads what is printed may stop reading.
     if options.json:
         staging.write_whole(options.json, json.dumps(document, indent=1, ensure_ascii=False) + "\n")
     if options.html:
         staging.write_whole(options.html, page.page(document))
+    _print_bench(document)
     return 0
 
 
@@ -145,7 +151,10 @@ def _measure_peak(dtype: str, hardware: str) -> Optional[float]:
 
 def _numbers(text: str) -> Tuple[int, ...]:
     """Parse such numbers, separated by commas."""
-    return tuple(positive(part) for part in text.split(","))
+    try:
+        return tuple(positive(part) for part in text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError("should be whole numbers of 1 or more, as 1,16,64") from None
 
 
 def _duration(text: str) -> float:
@@ -235,6 +244,12 @@ def notes(summary: Summary, seconds: float) -> Iterator[str]:
         yield f"{count:,} times {reason}"
     if summary["retried"]:
         yield f"{summary['retried']:,} requests were answered only when they were sent again"
+    longest, p50 = summary["seconds"] / _SPANS, summary["latency_ms"]["p50"] / 1000
+    if summary["rate"] is None and p50 > longest:
+        yield (
+            f"a request takes {p50:.3g} s, and the {summary['seconds']:g} s hold few of them, so the requests/s are rough; "
+            f"--seconds {math.ceil(_SPANS * p50)} or more measures them"
+        )
     over = summary["seconds"] - seconds
     if summary["rate"] and over > 0.1 * seconds and 1000 * over > 3 * summary["curve_ms"][0][1]:
         yield (

@@ -50,7 +50,7 @@ def _add_gate(parser: argparse.ArgumentParser) -> None:
         "--samples",
         type=Path,
         metavar="FILE",
-        help="compare on your own texts too: one per line, or a .csv with a column text, or request bodies in a .jsonl",
+        help="compare on your own texts too: one per line, or a .csv or .tsv with a column text, or request bodies in a .jsonl",
     )
     parser.add_argument(
         "--keep-samples",
@@ -205,12 +205,28 @@ def _print_exported(exported: Exported, path: Path, seconds: float) -> None:
     _print_variants(findings)
     if len(exported.candidates) > 1 or exported.compared:
         _print_candidates(exported)
-    if findings.limit.changed and not findings.own_decide:
-        enough = "334 or more tokens to write" if findings.along is not None else "334 or more of your own"
-        print_line(f"judged on built-in texts; --samples FILE with {enough} judges on these, more strictly")
+    _print_samples(findings)
     if not findings.passed:
         print_note("the gate did not pass; --allow-drift exported it anyway", "warning", error=True)
         print_findings(findings)
+
+
+def _print_samples(findings: Findings) -> None:
+    """Print which samples were not compared, and whether there were too few to judge."""
+    if findings.own_refused:
+        of = findings.own_refused + findings.own_answers
+        print_note(
+            f"{findings.own_refused:,} of your {of:,} samples were not compared: {findings.own_refusal}",
+            "warning",
+            error=True,
+        )
+    if findings.limit.changed and not findings.own_decide:
+        enough = "334 or more tokens to write" if findings.along is not None else "334 or more of your own"
+        if findings.own_answers:
+            compared = f"{findings.own_answers:,} of your own"
+            print_line(f"judged on built-in texts and {compared}; {enough} are judged alone, more strictly")
+        else:
+            print_line(f"judged on built-in texts; --samples FILE with {enough} judges on these, more strictly")
 
 
 def _padding(manifest: Manifest) -> List[Tuple[str, str]]:

@@ -6,7 +6,7 @@ import argparse
 import json
 from typing import TYPE_CHECKING, Any, Callable, Dict, List, NamedTuple
 
-from traceserve.commands.printing import ProgressBar, console, figure, megabytes, print_line
+from traceserve.commands.printing import ProgressBar, console, figure, megabytes, print_line, print_note
 
 if TYPE_CHECKING:
     from traceserve.measuring.engine_figures import EngineFigures, WritingFigures
@@ -88,6 +88,9 @@ def _print_rows(rows: List[ComparedFormat]) -> None:
         counted = f" {row.counted}" if writes else ""
         table.add_row(row.save_mode, row.dtype, *marked, f"{row.changed} of {row.answers:,}{counted}")
     console().print(table, highlight=False)
+    refused = max((found.refused for _, found in measured), default=0)
+    if refused:
+        print_note(f"{refused:,} requests that the archives refuse were left out of the figures", "warning")
     for row in rows:
         if row.refused:
             print_line(f"{row.save_mode} in {row.dtype}: {row.refused}")

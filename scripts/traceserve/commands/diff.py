@@ -35,8 +35,8 @@ def _add_diff(parser: argparse.ArgumentParser) -> None:
         "--samples",
         type=Path,
         metavar="FILE",
-        help="ask your own texts instead of built-in ones: one per line, or a .csv with a column text, or request bodies in a "
-        ".jsonl; they stay on this machine, and the page of --html quotes those whose answer changed",
+        help="ask your own texts instead of built-in ones: one per line, or a .csv or .tsv with a column text, or request bodies "
+        "in a .jsonl; they stay on this machine, and the page of --html quotes those whose answer changed",
     )
     parser.add_argument("--threads", type=positive, metavar="N", help="of each engine [this machine's cores]")
     parser.add_argument("--html", type=Path, metavar="FILE", help="write a page with all of it; it works offline")
@@ -96,8 +96,7 @@ def _print_comparison(found: ArchiveComparison) -> None:
         screen.print(examples, highlight=False)
     refused = f" ({found.refused:,} refused by both)" if found.refused else ""
     print_note(
-        f"{len(found.changed):,} of {found.asked:,} answers changed{refused}; scores drift by {found.drift_mean:.1e} on "
-        f"average, {found.drift_max:.1e} at most (limit {found.limit:.1e})",
+        f"{len(found.changed):,} of {found.asked:,} answers changed{refused}; {found.drift_in_words}",
         "equal" if found.equal else "different",
     )
 

@@ -71,7 +71,13 @@ def _inputs(options: argparse.Namespace) -> Iterator[object]:
     except (OSError, ValueError, RecursionError) as error:
         raise TraceserveError(f"predict: {options.file or 'standard input'}: {error}") from None
     # not splitlines: a text may contain U+2028
-    texts = [line.rstrip("\r") for line in content.split("\n") if line.strip()]
+    lines = content.split("\n")
+    for number, line in enumerate(lines, 1):
+        if any(
+            "\udc80" <= character <= "\udcff" for character in line
+        ):  # bytes of another encoding, from standard input
+            raise TraceserveError(f"predict: standard input, line {number}, is not UTF-8")
+    texts = [line.rstrip("\r") for line in lines if line.strip()]
     yield from (texts[i : i + 32] for i in range(0, len(texts), 32))
 
 

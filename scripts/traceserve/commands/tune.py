@@ -25,7 +25,7 @@ def _add_tune(parser: argparse.ArgumentParser) -> None:
         type=Path,
         required=True,
         metavar="FILE",
-        help="realistic texts: one per line, or a .csv with a column text, or request bodies in a "
+        help="realistic texts: one per line, or a .csv or .tsv with a column text, or request bodies in a "
         ".jsonl; the best configuration depends on their lengths",
     )
     parser.add_argument(

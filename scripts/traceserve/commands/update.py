@@ -33,7 +33,8 @@ def _add_update(parser: argparse.ArgumentParser) -> None:
         "--samples",
         type=Path,
         metavar="FILE",
-        help="ask both versions these texts too, one per line, or a .csv with a column text, or request bodies in a .jsonl",
+        help="ask both versions these texts too, one per line, or a .csv or .tsv with a column text, or request bodies in a "
+        ".jsonl",
     )
     parser.add_argument(
         "--shadow",

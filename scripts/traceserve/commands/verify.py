@@ -99,9 +99,11 @@ def _key(options: argparse.Namespace) -> Optional[str]:
 def _print_verification(found: Verification, with_texts: bool) -> None:
     asked = f"{len(found.samples)} of {found.of}" if len(found.samples) < found.of else str(found.of)
     build = f" (the build, in its process: {figure(found.build_p50)} ms)" if found.build_p50 is not None else ""
+    largest = f"largest difference of a score {found.largest_difference:.1e} (limit {found.limit:.1e})"
+    comparable = any(each.difference is not None for each in found.samples)
     print_line(
         f"{found.door.label}: {asked} samples asked ({found.endpoint.dialect.name}), p50 {figure(found.p50)} ms{build}, "
-        f"largest difference of a score {found.largest_difference:.1e} (limit {found.limit:.1e})"
+        f"{largest if comparable else 'no scores are comparable'}"
     )
     if found.different:
         _print_different(found, with_texts)

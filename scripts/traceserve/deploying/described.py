@@ -26,7 +26,7 @@ from traceserve.errors import ArchiveError, DeployError
 
 @dataclass(frozen=True)
 class Described:
-    """An archive; `canary` is a request that it must be able to answer, its task's own sample."""
+    """An archive; `canary` is a request that it must be able to answer."""
 
     file: Path
     name: str  # in its URL
@@ -62,7 +62,7 @@ def describe(files: Sequence[Path]) -> Tuple[Described, ...]:
                 )
         with zipfile.ZipFile(file) as content:
             unpacked = sum(info.file_size for info in content.infolist())
-        canary = TASKS[manifest.task].sample_body(manifest.facts)
+        canary = TASKS[manifest.task].canary_body(manifest)
         found.append(Described(file, name, sha256(file), file.stat().st_size, unpacked, manifest, serving, canary))
     _check_together(found)
     return tuple(found)

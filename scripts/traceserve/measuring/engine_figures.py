@@ -16,6 +16,7 @@ from typing import Any, Dict, List, Mapping, NamedTuple, Optional, Sequence
 
 from traceserve_runtime.batching.batches import Stats
 from traceserve_runtime.engine import Engine
+from traceserve_runtime.errors import TraceserveError
 from traceserve_runtime.generation.loop import Member
 from traceserve_runtime.generation.scores import GenerationSettings
 from traceserve_runtime.generation.search import Sampling
@@ -50,6 +51,7 @@ class EngineFigures(NamedTuple):
     p50_ms: float
     per_second: float
     writing: Optional[WritingFigures] = None
+    refused: int = 0  # requests that the archive would refuse, which are not measured
 
     @classmethod
     def from_json(cls, document: Mapping[str, Any]) -> EngineFigures:
@@ -68,8 +70,13 @@ def measure_engine(folder: Path, requests: List[Request], threads: int) -> Engin
     engine = Engine.load(folder, settings=Settings(threads=threads))
     engine.warm_up()
     loaded = time.perf_counter() - started
+    encoded = engine.task.encode(requests)
+    errors = [item for item in encoded if isinstance(item, TraceserveError)]
+    if len(errors) == len(requests):
+        raise ExportError(f"the archive refuses every one of these requests; the first: {errors[0].message}")
+    requests = [request for request, item in zip(requests, encoded) if isinstance(item, Encoded)]
     if engine.task.loop:
-        return _writing_figures(engine, requests, loaded)
+        return _writing_figures(engine, requests, loaded)._replace(refused=len(errors))
     engine.make_ready()
     engine.scheduler.measure()
     rounds = [answer_round(engine, requests)[1] for _ in range(ROUNDS)]
@@ -78,7 +85,8 @@ def measure_engine(folder: Path, requests: List[Request], threads: int) -> Engin
         began = time.perf_counter()
         engine.answer([request])
         alone.append(time.perf_counter() - began)
-    return EngineFigures(loaded, _memory(), 1000 * statistics.median(alone), len(requests) / statistics.median(rounds))
+    per_second = len(requests) / statistics.median(rounds)
+    return EngineFigures(loaded, _memory(), 1000 * statistics.median(alone), per_second, refused=len(errors))
 
 
 class _Text(NamedTuple):

@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-import tempfile
 from pathlib import Path
 from typing import Iterator, NamedTuple, Optional, Sequence, Tuple
 
@@ -18,6 +17,7 @@ from traceserve_runtime.engine import load_task
 from traceserve_runtime.tasks import TASKS
 from traceserve_runtime.tasks.contract import Request
 
+from traceserve.archives import staging
 from traceserve.building.checkpoints import sources
 from traceserve.building.config import choosing, formats
 from traceserve.building.config.dtypes import DTYPES
@@ -30,7 +30,7 @@ from traceserve.building.gate.corpus import sentences
 from traceserve.building.gate.findings import Findings
 from traceserve.building.progress import Progress
 from traceserve.building.samples import OwnSamples
-from traceserve.errors import ExportError, last_line
+from traceserve.errors import ExportError, UnaskableError, last_line
 from traceserve.machine import space
 from traceserve.measuring import engine_figures
 from traceserve.measuring.engine_figures import EngineFigures
@@ -78,8 +78,8 @@ def compared_formats(
     for save_mode, dtype in possible_formats(config):
         options = config.options if save_mode == config.save_mode else {}
         one = config.model_copy(update={"save_mode": save_mode, "dtype": dtype, "options": options})
-        with tempfile.TemporaryDirectory(prefix="traceserve-compare-") as scratch:
-            folder = Path(scratch, "compared")
+        with staging.scratch() as scratch:
+            folder = scratch / "compared"
             folder.mkdir()
             try:
                 loaded_one = loaded._replace(config=one)
@@ -87,6 +87,8 @@ def compared_formats(
                 progress(f"measuring {save_mode} in {dtype}", 0, 0)
                 most = _MOST_WRITTEN if task.loop else _MOST
                 figures = _measured(folder, own or load_task(folder, made.manifest).from_texts(sentences(most)))
+            except UnaskableError:  # in every format
+                raise
             except ExportError as error:
                 yield ComparedFormat(save_mode, dtype, error.message)
                 continue

@@ -258,10 +258,10 @@ def _with_keys(instance: Instance, timeout: float) -> Instance:
 
 
 def canary(manifest: Manifest) -> JsonObject:
-    """Return the body of a request that every archive of this task answers."""
+    """Return the body of a request that this archive answers."""
     from traceserve_runtime.tasks import TASKS  # imports numpy and tokenizers while the JVM starts
 
-    return TASKS[manifest.task].sample_body(manifest.facts)
+    return TASKS[manifest.task].canary_body(manifest)
 
 
 def _wait_for_answer(

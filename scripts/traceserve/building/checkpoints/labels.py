@@ -24,6 +24,12 @@ def labels(config: SetupConfig, model: PreTrainedModel, config_folder: Path) -> 
             "name the checkpoint that was fine-tuned for it"
         )
     if config.index_to_name is None:
+        unnamed = [index for index, name in (model.config.id2label or {}).items() if name is None]
+        if unnamed:
+            raise ConfigError(
+                f"the checkpoint's id2label gives label {unnamed[0]} no name (null); correct its config.json, or name the "
+                "labels by index_to_name"
+            )
         names = {int(index): str(name) for index, name in (model.config.id2label or {}).items()}
         place, advice = "the checkpoint's id2label", "correct its config.json, or name the labels by index_to_name"
     else:

@@ -117,7 +117,7 @@ class SetupConfig(BaseModel):
         "registered beside the first",
     )
     response_timeout: int = Field(
-        300, ge=1, description="Seconds after which TorchServe abandons a batch and restarts its worker"
+        300, ge=1, le=86_400, description="Seconds after which TorchServe abandons a batch and restarts its worker"
     )
     client_timeout: Optional[int] = Field(
         None,

@@ -45,6 +45,8 @@ def compare_answers(
         reference.prepare(
             _wanted(engine, samples, encoded), engine.manifest.outputs, partial(progress, "running the original")
         )
+    refused = [item for item in encoded[len(samples) - own :] if isinstance(item, TraceserveError)]
+    findings.own_refused, findings.own_refusal = len(refused), refused[0].message if refused else ""
     done, most = 0, 0.0 if thorough or along is not None else findings.limit.changed * own
     for part in _parts(len(samples), own, stops_early=most >= 1):
         progress(f"answering with {findings.variant}", done, len(samples))

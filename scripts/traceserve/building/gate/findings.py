@@ -106,6 +106,8 @@ class Findings:
     own_answers: int = 0  # to the user's own samples
     changed: List[int] = field(default_factory=list)  # indices of samples, the user's own last
     own_changed: int = 0
+    own_refused: int = 0  # of the user's own samples, which are not compared
+    own_refusal: str = ""  # why the first of them was
     tokenized_otherwise: List[int] = field(default_factory=list)  # indices of samples
     stopped: bool = False  # too many of the user's answers had changed; the rest was not compared
     along: Optional[TokenCounts] = None  # of texts in a lower precision, which decide instead of `changed`
@@ -255,11 +257,18 @@ class Findings:
             "answers_changed": len(self.changed),
             "own_answers": self.own_answers,
             "own_answers_changed": self.own_changed,
+            **self._receipt_of_refused(),
             "variants": [found.row for found in self.every],
             **self._receipt_of_texts(),
             **self._receipt_of_parts(),
             **self.compared,
         }
+
+    def _receipt_of_refused(self) -> Dict[str, Any]:
+        """Return the record of the user's samples that were not compared; nothing if all were."""
+        if not self.own_refused:
+            return {}
+        return {"own_refused": {"samples": self.own_refused, "because": self.own_refusal}}
 
     def _receipt_of_parts(self) -> Dict[str, Any]:
         """Return the record of prompts that were read in parts; nothing for models that write none."""

@@ -21,9 +21,11 @@ from traceserve.building.gate.answers import compare_answers
 from traceserve.building.gate.corpus import sentences
 from traceserve.building.gate.findings import LIMITS, Findings, Limit
 from traceserve.building.gate.outputs import GridRows, compare_outputs
+from traceserve.building.gate.readiness import check_canary_answered, check_canary_fits
 from traceserve.building.gate.reference import Reference
 from traceserve.building.gate.texts import TEXTS
 from traceserve.building.progress import Progress
+from traceserve.errors import UnaskableError
 
 CORPUS = (
     512  # sentences for a lower precision, besides the samples; a quarter of them for each variant except the default
@@ -45,10 +47,13 @@ def verify(
 
     In each variant that a worker may run, on each available device; unless the default one fails, or `only_usual`.
     A lower precision, of which few changed answers are allowed, needs more samples than 30. Unless
-    `thorough`, the comparison stops once too many answers to the user's samples have changed.
+    `thorough`, the comparison stops once too many answers to the user's samples have changed. Raises UnaskableError if
+    nothing can be compared, and ExportError for an artifact that no server could be ready with, see `readiness`.
     """
     usual = Engine.load(folder)
     manifest, task = usual.manifest, usual.task
+    check_canary_fits(task)
+    _check_own_samples(task, own_samples)
     limit = LIMITS[manifest.dtype]
     built_in = built_in_samples(task, limit)
     parts = [each for each in task.parts(built_in) if not isinstance(each, TraceserveError)]
@@ -57,6 +62,13 @@ def verify(
     gate = _Gate(reference, built_in, own_samples, rows, progress, thorough)
     first, *others = VARIANTS[manifest.save_mode](manifest, folder, devices.at_hand(manifest.hardware))
     findings = gate.compare(usual, Findings(limit, first.file, first.how, first.device))
+    if not (findings.answers or findings.failure or findings.stopped):
+        raise UnaskableError(
+            "no answer can be compared with the original's, since no built-in text fits into max_length; choose a larger one, or "
+            "give your own texts with --samples"
+        )
+    if findings.passed:
+        check_canary_answered(usual)
     del usual  # each has its own weights
     if not findings.passed or only_usual:
         return findings
@@ -73,6 +85,20 @@ def verify(
             found = gate.compare(engine, Findings(limit, variant.file, variant.how, variant.device))
         findings.others.append(found)
     return findings
+
+
+def _check_own_samples(task: Task, own: Sequence[Request]) -> None:
+    """Raise UnaskableError if all of the user's own samples would be refused."""
+    reason = ""
+    for encoded in task.encode(own):
+        if not isinstance(encoded, TraceserveError):
+            return
+        reason = reason or encoded.message
+    if own:
+        raise UnaskableError(
+            f"none of your samples can be compared: the model would refuse all of them, the first because {reason}; give "
+            "others with --samples"
+        )
 
 
 def built_in_samples(task: Task, limit: Limit, of_others: bool = False) -> Sequence[Request]:

@@ -26,8 +26,9 @@ def plan(archives: Sequence[Described], wishes: Wishes) -> Plan:
     archive = engines.only(archives, "an MLflow model")
     if importlib.util.find_spec("mlflow") is None:
         raise DeployError("MLflow writes this model itself, and is not installed: pip install mlflow")
-    names = {field.name for field in TASKS[archive.manifest.task].fields}
-    sample = {name: value for name, value in archive.canary.items() if name in names}
+    task = TASKS[archive.manifest.task]
+    names = {field.name for field in task.fields}
+    sample = {name: value for name, value in task.sample_body(archive.manifest.facts).items() if name in names}
     return Plan(
         (Made("model", lambda target: _save(archive, target)),),
         (
