@@ -123,7 +123,11 @@ def test_what_the_servers_counters_mean(served: Instance, samples: OwnSamples) -
     [one] = document["summary"]
     parts = one["server"]["time_ms"]
     assert 950 * DELAY < parts["queue"] < one["latency_ms"]["mean"] and one["latency_ms"]["p50"] > 950 * DELAY
-    assert parts["queue"] > sum(parts.values()) / 2 and min(parts.values()) > 0
+    assert parts["queue"] > sum(parts.values()) / 2 and sum(parts.values()) == pytest.approx(
+        one["latency_ms"]["mean"], rel=0.01
+    )
+    # The server's and the client's means are of spans that differ by a few requests: on a busy machine by more than the network.
+    assert parts.pop("network and client") >= 0 < min(parts.values())
     # Two answers per batch, and as many counted as were answered in the span.
     assert one["server"]["requests"] == pytest.approx(one["requests"], abs=4)
 

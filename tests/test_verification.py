@@ -18,6 +18,7 @@ import pytest
 import torch
 import transformers
 from conftest import Called, nothing
+from safetensors.torch import load_file, save_file
 from traceserve.building.attempt import candidate_shapes
 from traceserve.building.checkpoints import loading, sources
 from traceserve.building.checkpoints.original import Original
@@ -379,6 +380,15 @@ def test_nothing_compared_is_no_pass(
     content = {"model_name": str(checkpoint("bert", **LABELS)), **REJECTS}
     with pytest.raises(UnaskableError, match="no built-in text fits into max_length"):
         run_export(tmp_path / "a", content)
+
+
+def test_an_original_that_gives_no_numbers_is_told(checkpoint: Callable[..., Path], tmp_path: Path) -> None:
+    source = Path(shutil.copytree(checkpoint("bert", **LABELS), tmp_path / "model"))
+    weights = load_file(source / "model.safetensors")
+    weights["classifier.bias"][0] = math.nan
+    save_file(weights, source / "model.safetensors", {"format": "pt"})
+    with pytest.raises(UnaskableError, match="the original model itself gives NaN"):
+        run_export(tmp_path / "a", {"model_name": str(source), "max_length": 32})
 
 
 def test_an_untraceable_model_is_told(

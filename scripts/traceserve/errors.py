@@ -40,7 +40,8 @@ class UnwritableError(ExportError):
 
 
 class UnaskableError(ExportError):
-    """Nothing can be compared, or no server be ready, however the model is written: requests do not fit into max_length."""
+    """Nothing can be compared, or no server be ready, however the model is written: requests do not fit into max_length, or the
+    original gives no numbers."""
 
 
 class ArchiveError(TraceserveError):

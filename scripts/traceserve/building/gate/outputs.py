@@ -28,6 +28,7 @@ from traceserve.building.gate.loops import forced_tokens
 from traceserve.building.gate.reference import FORCED_STEPS, Reference, Wanted, run_forced, run_original
 from traceserve.building.gate.texts import TEXTS
 from traceserve.building.progress import Progress
+from traceserve.errors import UnaskableError
 
 BATCHES = (1, 2, 5)
 _MOST_TOKENS = 1024  # per cell, except with two rows
@@ -92,6 +93,17 @@ def compare_outputs(
             findings.in_parts.append(Cell(*cell, "logits", _difference_in_parts(engine, read, expected)))
     findings.unexplained = {output: unexplained_variance(results) for output, results in of_texts.items()}
     progress(f"comparing outputs of {findings.variant}", len(cells), len(cells))
+
+
+def check_original(engine: Engine, reference: Reference, rows: GridRows) -> None:
+    """Raise UnaskableError if the original itself computes NaN, for the first row of the grid."""
+    key = _row_keys(engine.manifest, next(_grid(engine.manifest)), _longest_row(engine))[0]
+    found = _expected(engine, reference, rows.get(*key), key)
+    if any(np.isnan(values).any() for values in found.values()):
+        raise UnaskableError(
+            "the original model itself gives NaN instead of numbers, so no way of writing it can be compared: its weights hold "
+            "NaN, or were damaged when they were trained or converted"
+        )
 
 
 def _row_keys(manifest: Manifest, cell: GridCell, most: int) -> List[Tuple[int, int]]:

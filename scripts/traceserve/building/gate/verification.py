@@ -20,7 +20,7 @@ from traceserve.building.gate import devices
 from traceserve.building.gate.answers import compare_answers
 from traceserve.building.gate.corpus import sentences
 from traceserve.building.gate.findings import LIMITS, Findings, Limit
-from traceserve.building.gate.outputs import GridRows, compare_outputs
+from traceserve.building.gate.outputs import GridRows, check_original, compare_outputs
 from traceserve.building.gate.readiness import check_canary_answered, check_canary_fits
 from traceserve.building.gate.reference import Reference
 from traceserve.building.gate.texts import TEXTS
@@ -60,6 +60,7 @@ def verify(
     pairs = any(segments.pair for each in parts for segments in each)
     rows = GridRows(folder, manifest.tokenizer, reference.original, pairs)
     gate = _Gate(reference, built_in, own_samples, rows, progress, thorough)
+    check_original(usual, reference, rows)
     first, *others = VARIANTS[manifest.save_mode](manifest, folder, devices.at_hand(manifest.hardware))
     findings = gate.compare(usual, Findings(limit, first.file, first.how, first.device))
     if not (findings.answers or findings.failure or findings.stopped):
