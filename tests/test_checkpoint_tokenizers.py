@@ -284,7 +284,6 @@ def test_a_place_to_fill_is_refused_where_the_original_would_fill_it(tmp_path: P
     assert refused.message == "<FILL_ME> is not filled here; leave it out"
 
 
-@pytest.mark.skipif(int(transformers.__version__.split(".")[0]) < 5, reason="older versions have no such setting")
 @pytest.mark.parametrize(("architecture", "cleaned"), [("bert", True), ("gpt2", None), ("roberta", None)])
 def test_spaces_are_cleaned_up_where_the_original_does(
     architecture: str, cleaned: Optional[bool], checkpoint: Make, tmp_path: Path
@@ -296,11 +295,12 @@ def test_spaces_are_cleaned_up_where_the_original_does(
         path = source / "tokenizer_config.json"
         path.write_text(json.dumps({**json.loads(path.read_text()), "clean_up_tokenization_spaces": wanted}))
         made = original(source)
-        ids = made.tokenizer("don't, it's", add_special_tokens=False)["input_ids"]
+        ids = made.tokenizer("a . b, don't", add_special_tokens=False)["input_ids"]
         own = made.tokenizer.decode(ids) != made.tokenizer.decode(ids, clean_up_tokenization_spaces=False)
         assert made.tokenizer_facts.clean_up is (wanted if cleaned else own)
 
 
+@pytest.mark.skipif(int(transformers.__version__.split(".")[0]) < 5, reason="older versions have no such setting")
 def test_a_template_of_responses_is_told(checkpoint: Make, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(checkpoint("gpt2", "AutoModelForCausalLM"), tmp_path / "copy"))
     assert original(folder, task="text_generation").note is None
