@@ -348,10 +348,11 @@ def test_large_bodies_together_are_limited(classifier: Service) -> None:
         whole = asyncio.Event()
 
         async def receive() -> Message:
-            if not parts:
-                await whole.wait()
-                return {"type": "http.request", "body": b"", "more_body": False}
-            return {"type": "http.request", "body": parts.pop(), "more_body": True}
+            if parts:
+                return {"type": "http.request", "body": parts.pop(), "more_body": True}
+            await whole.wait()
+            whole.clear()  # nothing comes after the end, not even the client's leaving
+            return {"type": "http.request", "body": b"", "more_body": False}
 
         parts, sent = [b"x" * 900], []
 
