@@ -161,7 +161,7 @@ def test_the_pod_serves_what_the_archive_says(chart: Path) -> None:
     assert "ports" not in own and proxy["ports"][0]["containerPort"] == 8080
     assert own["resources"]["requests"]["cpu"] == "2" and "cpu" not in own["resources"]["limits"]
     canaries = json.loads(rendered(chart)["ConfigMap", "demo"]["data"]["canaries.json"])
-    assert list(canaries) == ["/predictions/tiny"] and set(canaries["/predictions/tiny"]) == {"text"}
+    assert list(canaries) == ["/predictions/tiny"] and set(canaries["/predictions/tiny"]) == {"text", "parameters"}
     for probe in ("startupProbe", "readinessProbe", "livenessProbe"):
         assert own[probe]["exec"]["command"][2] == "traceserve.deploying.inside.canary"
         assert own[probe]["timeoutSeconds"] > 20  # the canary's own time limit comes first

@@ -64,11 +64,11 @@ def archive(mar: Path) -> Callable[[int], Archive]:
     return lambda workers: planned([mar], None, workers, False)["tiny"]
 
 
-def switched_to(instance: Instance, version: str) -> on_ray._Known:
+def switched_to(instance: Instance, version: str) -> on_ray._KnownVersions:
     """Remember that an update began with OLD, and put `version` into its place while requests named OLD."""
     [application] = ray_applications.applications_of(instance)["applications"]
     versions = {OLD: application["args"], version: {**application["args"], "version": version}}
-    known = on_ray._Known(versions, named_before={OLD: 0}, staying={OLD: 3})
+    known = on_ray._KnownVersions(versions, named_before={OLD: 0}, staying={OLD: 3})
     on_ray._remember(instance, "tiny", known)
     return known
 
@@ -132,7 +132,7 @@ def test_another_archives_application_is_not_taken(
     with pytest.raises(ServerError, match=f"tiny {OLD} would get the name tiny-{OLD}"):
         on_ray.begin_update(cluster, "tiny")
     serve_also(cluster, ray_config.Hosted("/other", "ti"))
-    on_ray._remember(cluster, "tiny-b", on_ray._Known({"1": {}}))  # of which one replica may stay as tiny-b-1
+    on_ray._remember(cluster, "tiny-b", on_ray._KnownVersions({"1": {}}))  # of which one replica may stay as tiny-b-1
     on_ray._check_names(cluster, "tiny", [OLD, version])
     with pytest.raises(ServerError, match="tiny b-1 would get the name tiny-b-1"):
         on_ray._check_names(cluster, "tiny", ["b-1"])

@@ -15,6 +15,10 @@ from typing import Any, Dict, Iterator, Optional, Tuple, cast
 from traceserve.errors import ServerError
 from traceserve.serving.front import context
 
+# TorchServe's frontend answers 413 without a word, or ends the connection while the body is sent.
+_ALWAYS_TAKEN = 2 << 20  # bytes
+_TOO_LARGE = "the body is larger than this server takes (traceserve serve --largest-body MIB)"
+
 
 @dataclass(frozen=True)
 class Address:
@@ -118,7 +122,8 @@ def _opened(
         if 200 <= response.status < 300:
             yield response
             return
-        words, field = _message(parsed(response.read()))
+        answer = parsed(response.read())
+        words, field = (_TOO_LARGE, None) if (response.status, answer) == (413, "") else _message(answer)
         if response.status in (404, 503):
             raise NotYet(f"{missing}: {words}")
         raise RequestRefused(words + (f" (at {field})" if field else ""), response.status, words, field)
@@ -132,7 +137,8 @@ def _open(request: urllib.request.Request, address: Address, timeout: float) -> 
             yield response
     except (OSError, http.client.HTTPException) as error:
         reason = error.reason if isinstance(error, urllib.error.URLError) else error
-        raise NotYet(f"{address.url} does not answer: {reason}") from None
+        cut_off = isinstance(reason, ConnectionError) and len(request.data or b"") > _ALWAYS_TAKEN  # type: ignore[arg-type]
+        raise NotYet(f"{address.url} does not answer: {reason}{f'; perhaps {_TOO_LARGE}' if cut_off else ''}") from None
 
 
 def _response(request: urllib.request.Request, address: Address, timeout: float) -> http.client.HTTPResponse:
