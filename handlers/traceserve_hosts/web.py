@@ -53,7 +53,9 @@ def application(archive: Loaded, largest_body: Optional[int] = None) -> Applicat
 
     if largest_body is None:
         manifest = archive.service.served.manifest
-        largest_body = RequestLimits.of(manifest.max_length, manifest.max_rows).largest_body
+        allowed = RequestLimits.of(manifest.max_length, manifest.max_rows)
+        # The runtime is the archive's own: one of an earlier version does not know it.
+        largest_body = getattr(allowed, "largest_body", Limits.largest_body)
     limits = Limits(key_from_environment(), largest_body, timeout=archive.timeout)
     return Application(archive.service, Batcher(archive.service, archive.batch_size, archive.batch_delay), limits)
 
