@@ -5,8 +5,9 @@
     POST /invocations          a request, in any content type that the archive reads
     GET  /execution-parameters what batch transform may send
 
-on the port SAGEMAKER_BIND_TO_PORT (8080). Bodies are limited by the kind of endpoint (6 MB or 25 MB where it answers at once,
-1 GB where it is asynchronous), and by SAGEMAKER_MAX_PAYLOAD_IN_MB, which batch transform sets. `InvokeEndpointWithResponseStream`
+on the port SAGEMAKER_BIND_TO_PORT (8080). Bodies are limited by the archive's own limits; SageMaker limits them by the kind of
+endpoint (6 MB or 25 MB where it answers at once, 1 GB where it is asynchronous), and in a batch transform by
+SAGEMAKER_MAX_PAYLOAD_IN_MB, which /execution-parameters repeats. `InvokeEndpointWithResponseStream`
 gets a stream in pieces. All other protocols stand behind /invocations by the header that a client may choose:
 `X-Amzn-SageMaker-Custom-Attributes: path=v1/embeddings`.
 """

@@ -91,7 +91,8 @@ def verify(
 def _check_own_samples(task: Task, own: Sequence[Request]) -> None:
     """Raise UnaskableError if all of the user's own samples would be refused."""
     reason = ""
-    for encoded in task.encode(own):
+    for request in own:  # until one is read: all are encoded when they are compared
+        [encoded] = task.encode([request])
         if not isinstance(encoded, TraceserveError):
             return
         reason = reason or encoded.message

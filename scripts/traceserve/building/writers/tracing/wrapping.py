@@ -184,11 +184,9 @@ def truths_as_numbers() -> Iterator[None]:
 @contextlib.contextmanager
 def traceable(model: torch.nn.Module) -> Iterator[None]:
     """Prepare a model for torch's tracer, so that it can be saved."""
-    with contextlib.ExitStack() as prepared:
-        for each in (masks_without_vmap(), forward_alone(), windows_by_unfold(), truths_as_numbers()):
-            prepared.enter_context(each)
-        prepared.enter_context(positions_by_length(model))
-        prepared.enter_context(plain_names(model))
+    with masks_without_vmap(), forward_alone(), windows_by_unfold(), truths_as_numbers(), positions_by_length(
+        model
+    ), plain_names(model):
         yield
 
 
