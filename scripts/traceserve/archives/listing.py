@@ -14,11 +14,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, Callable, List, Mapping, Tuple
 
-from traceserve_runtime.manifest import MANIFEST_FILE
+from traceserve_runtime.manifest import MANIFEST_FILE, Manifest
 
-from traceserve.archives.contents import DAMAGED, check_count, checked_members, damaged
+from traceserve.archives.contents import (
+    ARCHIVER_MANIFEST,
+    DAMAGED,
+    check_count,
+    checked_members,
+    damaged,
+    is_our_own,
+    wrong_in_torchserves_manifest,
+)
 from traceserve.errors import ArchiveError
 
+# How a file differs from the manifest.
+MISSING, CHANGED, UNHASHED, UNKNOWN = "missing", "changed", "unhashed", "unknown"
 LARGEST_DOCUMENT = 16 << 20  # bytes, of a JSON or YAML file that is parsed
 _BLOCK = 1 << 20
 
@@ -62,6 +72,24 @@ def list_files(path: Path, documents: Tuple[str, ...] = ()) -> Listing:
             return _listed(path, path.stat().st_size, sizes, archive.open, documents)
     except DAMAGED as error:
         raise damaged(path, error) from None
+
+
+def differences(listing: Listing, manifest: Manifest) -> List[Tuple[str, str]]:
+    """Return the files that are not as the manifest names them, each with how it differs; unhashed is our own code without a
+    hash, as in an archive that was packed by hand."""
+    found = {file.name: file.sha256 for file in listing.files}
+    named = [
+        (name, CHANGED if name in found else MISSING)
+        for name, digest in manifest.files.items()
+        if found.get(name) != digest
+    ]
+    strangers = [name for name in found if name not in (*manifest.files, MANIFEST_FILE, ARCHIVER_MANIFEST)]
+    return [*named, *((name, UNHASHED if is_our_own(name) else UNKNOWN) for name in strangers)]
+
+
+def wrong_for_torchserve(listing: Listing, manifest: Manifest) -> str:
+    """Return what is wrong with TorchServe's own manifest, of a listing with this document; empty if nothing is."""
+    return wrong_in_torchserves_manifest(listing.documents.get(ARCHIVER_MANIFEST, b""), manifest)
 
 
 def _files_below(folder: Path) -> List[Path]:

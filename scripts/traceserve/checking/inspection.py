@@ -8,7 +8,7 @@ from __future__ import annotations
 import platform
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Dict, Iterator, List, Mapping, Optional, Tuple
+from typing import Any, Callable, Dict, Iterator, List, Mapping, Optional, Tuple
 
 from traceserve_runtime import __version__, processor
 from traceserve_runtime.manifest import MANIFEST_FILE, SCHEMA, Manifest, sealed
@@ -16,8 +16,17 @@ from traceserve_runtime.runtimes import aot_inductor, openvino
 from traceserve_runtime.tasks import TASKS
 
 from traceserve.archives import signing
-from traceserve.archives.contents import ARCHIVER_MANIFEST, is_our_own, wrong_in_torchserves_manifest
-from traceserve.archives.listing import Listing, list_files
+from traceserve.archives.contents import ARCHIVER_MANIFEST, is_our_own
+from traceserve.archives.listing import (
+    CHANGED,
+    MISSING,
+    UNHASHED,
+    UNKNOWN,
+    Listing,
+    differences,
+    list_files,
+    wrong_for_torchserve,
+)
 from traceserve.archives.model_config import SERVING_FILE, Serving
 from traceserve.checking.packages_here import PackageHere, packages_of
 from traceserve.deploying import resources
@@ -115,6 +124,24 @@ def inspect_archive(path: Path, trusted: Optional[Path] = None) -> Inspection:
     )
 
 
+# A finding's code, and its words about a file that differs from the manifest.
+_OF_A_FILE: Dict[str, Callable[[str], Tuple[str, str]]] = {
+    MISSING: lambda name: ("missing-file", f"{name} is named in {MANIFEST_FILE} and missing"),
+    CHANGED: lambda name: (
+        "changed-file",
+        f"{name} is not the file that was verified: its SHA-256 differs from {MANIFEST_FILE}",
+    ),
+    UNHASHED: lambda name: (
+        "unhashed-code",
+        f"{name} is code without a hash in {MANIFEST_FILE}, as in an archive that was packed by hand",
+    ),
+    UNKNOWN: lambda name: (
+        "unknown-file",
+        f"{name} is not named in {MANIFEST_FILE}; remove it, or build the archive again",
+    ),
+}
+
+
 def _inspected(path: Path) -> Inspection:
     listing = list_files(path, (SERVING_FILE, ARCHIVER_MANIFEST))
     document = dict(listing.manifest)
@@ -152,29 +179,12 @@ def _of_the_digest(document: Mapping[str, Any]) -> Iterator[InspectionFinding]:
 
 
 def _of_the_files(listing: Listing, manifest: Manifest) -> Iterator[InspectionFinding]:
-    found = {file.name: file.sha256 for file in listing.files}
-    for name, expected in manifest.files.items():
-        if name not in found:
-            yield InspectionFinding(ERROR, "missing-file", f"{name} is named in {MANIFEST_FILE} and missing")
-        elif found[name] != expected:
-            yield InspectionFinding(
-                ERROR,
-                "changed-file",
-                f"{name} is not the file that was verified: its SHA-256 differs from {MANIFEST_FILE}",
-            )
-    strangers = [name for name in found if name not in (*manifest.files, MANIFEST_FILE, ARCHIVER_MANIFEST)]
-    for name in strangers:
-        if is_our_own(name):
-            hashes = f"{name} is code without a hash in {MANIFEST_FILE}, as in an archive that was packed by hand"
-            yield InspectionFinding(WARNING, "unhashed-code", hashes)
-        else:
-            yield InspectionFinding(
-                ERROR, "unknown-file", f"{name} is not named in {MANIFEST_FILE}; remove it, or build the archive again"
-            )
+    for name, how in differences(listing, manifest):
+        yield InspectionFinding(WARNING if how == UNHASHED else ERROR, *_OF_A_FILE[how](name))
 
 
 def _of_torchserves_manifest(listing: Listing, manifest: Manifest) -> Iterator[InspectionFinding]:
-    wrong = wrong_in_torchserves_manifest(listing.documents.get(ARCHIVER_MANIFEST, b""), manifest)
+    wrong = wrong_for_torchserve(listing, manifest)
     if wrong:
         yield InspectionFinding(ERROR, "torchserve-manifest", f"it {wrong}")
 

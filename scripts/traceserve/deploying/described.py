@@ -11,14 +11,8 @@ from traceserve_runtime.json_types import JsonObject
 from traceserve_runtime.manifest import MANIFEST_FILE, Manifest, sha256
 from traceserve_runtime.tasks import TASKS
 
-from traceserve.archives.contents import (
-    ARCHIVER_MANIFEST,
-    is_our_own,
-    read_manifest,
-    read_serving,
-    wrong_in_torchserves_manifest,
-)
-from traceserve.archives.listing import list_files
+from traceserve.archives.contents import ARCHIVER_MANIFEST, read_manifest, read_serving
+from traceserve.archives.listing import CHANGED, UNHASHED, UNKNOWN, differences, list_files, wrong_for_torchserve
 from traceserve.archives.model_config import Serving
 from traceserve.archives.names import check_name
 from traceserve.errors import ArchiveError, DeployError
@@ -71,15 +65,13 @@ def describe(files: Sequence[Path]) -> Tuple[Described, ...]:
 def _check_whole(file: Path, manifest: Manifest) -> None:
     """Raise ArchiveError unless an archive holds the files of its manifest, unchanged, and no others."""
     listing = list_files(file, (ARCHIVER_MANIFEST,))
-    found = {each.name: each.sha256 for each in listing.files}
-    for name, digest in manifest.files.items():
-        if found.get(name) != digest:
-            what = "was changed: its SHA-256 differs from" if name in found else "is missing, and named in"
-            raise ArchiveError(f"{file} is damaged: {name} {what} {MANIFEST_FILE}; build it, or copy it, again")
-    for name in set(found) - {*manifest.files, MANIFEST_FILE, ARCHIVER_MANIFEST}:
-        if not is_our_own(name):
+    for name, how in differences(listing, manifest):
+        if how == UNKNOWN:
             raise ArchiveError(f"{file} holds {name}, which its {MANIFEST_FILE} does not name; build the archive again")
-    wrong = wrong_in_torchserves_manifest(listing.documents.get(ARCHIVER_MANIFEST, b""), manifest)
+        if how != UNHASHED:
+            what = "was changed: its SHA-256 differs from" if how == CHANGED else "is missing, and named in"
+            raise ArchiveError(f"{file} is damaged: {name} {what} {MANIFEST_FILE}; build it, or copy it, again")
+    wrong = wrong_for_torchserve(listing, manifest)
     if wrong:
         raise ArchiveError(f"{file} {wrong}")
 
