@@ -259,6 +259,38 @@ def test_a_stop_string_may_be_a_special_token(stripping: Made) -> None:
     assert [token["id"] for token in details["tokens"]] == expected and details["finish_reason"] == "stop_sequence"
 
 
+@pytest.mark.parametrize("kind", [*KINDS, "wordpiece"])
+@pytest.mark.parametrize("clean_up", [False, True])
+def test_stop_strings_end_any_tokens_where_the_original_criterion_does(
+    kind: str, clean_up: bool, made: Callable[[str], Made], tmp_path: Path
+) -> None:
+    """It spells special tokens, as the [SEP] behind a prompt, and what is cleaned up later."""
+    own = KINDS[kind]() if kind in KINDS else models.make_tokenizer("bert").backend_tokenizer
+    original: Any = transformers.PreTrainedTokenizerFast(tokenizer_object=own)
+    task = TASKS["text_generation"](made("llama")[0].manifest, read(own, tmp_path, clean_up))
+    assert isinstance(task, Generating)
+    valid = [i for i in range(len(original)) if not str(own.id_to_token(i)).startswith("<0x")]
+    valid = [i for i in valid if "\ufffd" not in task.tokenizer.decode([i], False)]
+    chosen = random.Random(5)
+    found = 0
+    for _ in range(60):
+        prompt = original("the train at", add_special_tokens=chosen.random() < 0.5).input_ids
+        new = [i for word in chosen.choices(valid, k=8) for i in (word, chosen.choice([1, word]))]
+        text = own.decode([*prompt, *new], skip_special_tokens=False)
+        at = chosen.randrange(8, len(text) - 4)
+        stop = text[at : at + chosen.randint(1, 4)]
+        criterion = transformers.StopStringCriteria(original, [stop])
+        ends = task._ends(Request({"text": "a"}, {"stop": stop}), prompt, task._spelled(prompt, growing=True))
+        assert ends is not None
+        for count in range(1, len(new) + 1):
+            expected = bool(criterion(torch.tensor([prompt + new[:count]]), None)[0])
+            assert ends(new[:count]) == expected, (stop, prompt, new[:count])
+            if expected:
+                found += 1
+                break
+    assert found > 20
+
+
 def test_a_stop_string_may_begin_with_the_space_before_the_first_word(stripping: Made) -> None:
     engine, _, tokenizer = stripping
     found = 0
@@ -439,7 +471,8 @@ def test_the_text_of_each_token_is_what_it_adds_to_the_whole(kind: str, clean_up
             ids.insert(chosen.randrange(len(ids)), 1)  # special tokens, and bytes that are no character
         others = [chosen.sample(valid, 4) for _ in ids]
         near = WORDS if words else NEIGHBOURS
-        got = added_texts(decode, words or tokenizer.decodes_locally, ids, others, near)
+        assert tokenizer.spells_locally
+        got = added_texts(decode, tokenizer.spells_locally, ids, others, near)
         expected = naively_added(decode, ids, others)
         if kind != "llama":
             assert got == expected
@@ -502,7 +535,7 @@ def test_log_probabilities_of_one_http_request_are_limited(
     # Texts that have to be decoded whole take longer.
     monkeypatch.setattr(engine.task.tokenizer, "decodes_locally", False)
     assert refused(24, top_n_tokens=20) == []
-    monkeypatch.setattr(engine.task.tokenizer, "decodes_words_locally", False)
+    monkeypatch.setattr(engine.task.tokenizer, "spells_locally", False)
     assert "about 32,768" in refused(24, top_n_tokens=20)[0].message
 
 

@@ -30,7 +30,7 @@ from traceserve_runtime.tasks.contract import (
 )
 from traceserve_runtime.tasks.generation_parameters import SAMPLING
 from traceserve_runtime.tasks.parameters import Output, strings
-from traceserve_runtime.tasks.token_details import check_time, time_of, token_details
+from traceserve_runtime.tasks.token_details import check_time, spelling, time_of, token_details
 from traceserve_runtime.texts import limits
 from traceserve_runtime.texts.continuation import Continuation
 from traceserve_runtime.texts.rows import Encoded, Row
@@ -40,6 +40,7 @@ from traceserve_runtime.texts.written_text import WrittenText
 # Settings of transformers with another name here.
 _PARAMETERS_OF = {"stop_strings": "stop"}
 NEW_TOKENS_OF_SAMPLE, _NEW_TOKENS_OF_WARM_UP = 24, 4  # the gate's samples too; fewer where max_length is short
+TAIL = 16  # the prompt's last tokens, in which a stop string may begin
 _COLD = 1e-6  # a temperature below it leaves only the best token, and scores divided by it would be infinite
 
 
@@ -247,13 +248,16 @@ class Generating(Task):
         # Beams are several sequences, of which any may come next.
         one = settings.num_beams == 1
         alone = WrittenText(self.text, self.tokenizer.decodes_locally).of if one else self.text
-        continuation = Continuation(self.text, self.tail(prompt))
-
-        def continued(tokens: List[int]) -> str:
-            return continuation.of(tokens, alone(tokens))
-
+        continued = _continuing(self.text, self.tail(prompt), alone)
         told = self._told(job, continued if self.continues(job.request) else alone)
-        return search_for(prompt, settings, self._ends(job.request, prompt, continued), told)
+        searched = continued if job.request.continues else self._spelled(prompt, growing=one)
+        return search_for(prompt, settings, self._ends(job.request, prompt, searched), told)
+
+    def _spelled(self, prompt: Sequence[int], growing: bool) -> Callable[[List[int]], str]:
+        """Return what spells new tokens behind their prompt, special ones too. `growing`: the last call's tokens are the
+        first of the next one's."""
+        spell, locally, near = spelling(self.tokenizer)
+        return _continuing(spell, prompt[-TAIL:], WrittenText(spell, locally, near).of if growing else spell)
 
     def written(self, member: Member) -> Arrays:
         """Return the row's new tokens, int64 of shape (tokens), and their log-probabilities if kept."""
@@ -288,23 +292,23 @@ class Generating(Task):
         if ids and ids[-1] in self.manifest.facts["eos_ids"]:
             return "eos_token"
         prompt = self.prompt(row)
-        continuation = Continuation(self.text, self.tail(prompt))
-        ends = self._ends(request, prompt, lambda tokens: continuation.of(tokens, self.text(tokens)))
+        continued = _continuing(self.text, self.tail(prompt), self.text)
+        ends = self._ends(request, prompt, continued if request.continues else self._spelled(prompt, growing=False))
         return "stop_sequence" if ends is not None and ends(list(ids)) else "length"
 
     def _ends(
         self, request: Request, prompt: Sequence[int], text_of: Callable[[List[int]], str]
     ) -> Optional[Callable[[List[int]], bool]]:
-        """Return a test for stop strings in new tokens, whose text continues the prompt's. They may begin in the prompt, as
-        with transformers, unless only what is written counts, as with OpenAI; or be a special token, which no text has. None
-        without stop strings."""
+        """Return a test for stop strings in new tokens, whose text continues the prompt's. As with transformers, they may
+        begin in the prompt, and special tokens are spelled; as with OpenAI, only what is written counts, though they may be
+        a special token. None without stop strings."""
         stops = self.parameter(request, "stop")
         if stops is None:
             return None
         wanted = strings(stops)
         ids = [self.tokenizer.token_id(stop) for stop in wanted]
         special = self.tokenizer.special_of(number for number in ids if number is not None)
-        tail = "" if request.continues else self.text(self.tail(prompt))
+        tail = "" if request.continues else spelling(self.tokenizer).decode(prompt[-TAIL:])
         searched = tail  # a text without any of them
 
         def ends(tokens: List[int]) -> bool:
@@ -345,7 +349,7 @@ class Generating(Task):
         return tell
 
     def tail(self, prompt: Sequence[int]) -> List[int]:
-        """Return the end of the prompt, which new tokens continue and in which a stop string may begin."""
+        """Return the end of the prompt, which new tokens continue."""
         return []
 
     def continues(self, request: Request) -> bool:
@@ -373,6 +377,14 @@ class Generating(Task):
         """Write a few tokens."""
         most = that_fit(_NEW_TOKENS_OF_WARM_UP, self.manifest)
         return [Request(self.sample, {"max_new_tokens": most, "long_inputs": "truncate"})]
+
+
+def _continuing(
+    decode: Callable[[Sequence[int]], str], tail: Sequence[int], alone: Callable[[List[int]], str]
+) -> Callable[[List[int]], str]:
+    """Return what decodes new tokens as they continue the end of their prompt; `alone` decodes them by themselves."""
+    continuation = Continuation(decode, tail)
+    return lambda tokens: continuation.of(tokens, alone(tokens))
 
 
 def that_fit(most: int, manifest: Manifest) -> int:

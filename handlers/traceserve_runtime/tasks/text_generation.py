@@ -10,7 +10,7 @@ from traceserve_runtime.errors import InputTooLong, InvalidRequest
 from traceserve_runtime.json_types import Json
 from traceserve_runtime.runner import Arrays
 from traceserve_runtime.tasks.contract import Answer, Details, ModelFacts, Request
-from traceserve_runtime.tasks.generating import NEW_TOKENS_OF_SAMPLE, Generating, that_fit
+from traceserve_runtime.tasks.generating import NEW_TOKENS_OF_SAMPLE, TAIL, Generating, that_fit
 from traceserve_runtime.tasks.generation_parameters import PARAMETERS
 from traceserve_runtime.tasks.parameters import Field, Parameter
 from traceserve_runtime.texts import chat
@@ -95,7 +95,7 @@ class TextGeneration(Generating):
         return self.tokenizer.decode(tokens, skip_special_tokens=True)
 
     def tail(self, prompt: Sequence[int]) -> List[int]:
-        return list(prompt[-16:])
+        return list(prompt[-TAIL:])
 
     def streams(self, request: Request) -> bool:
         return bool(self.parameter(request, "stream"))

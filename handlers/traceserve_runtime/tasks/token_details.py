@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from functools import partial
 from itertools import chain
-from typing import Optional
+from typing import Callable, NamedTuple, Optional, Sequence
 
 from traceserve_runtime.errors import InputTooLong
 from traceserve_runtime.json_types import JsonObject
 from traceserve_runtime.runner import Arrays
 from traceserve_runtime.texts.tokenization import TextTokenizer
-from traceserve_runtime.texts.written_text import NEIGHBOURS, WORDS, added_texts
+from traceserve_runtime.texts.written_text import NEIGHBOURS, WORDS, Near, added_texts
 
 # Log-probabilities that one HTTP request is answered with: the last of its texts to end makes all of them at once, while
 # everybody else's tokens wait.
@@ -22,10 +22,8 @@ def token_details(tokenizer: TextTokenizer, output: Arrays) -> JsonObject:
     """Return "tokens" and, if kept, "top_tokens": lists of `{"id", "text", "logprob", "special"}`."""
     ids = output["tokens"].tolist()
     top_ids = output["top_ids"].tolist() if "top_ids" in output else [[] for _ in ids]
-    # Special tokens as they are written.
-    decode = partial(tokenizer.decode, skip_special_tokens=False, raw=True)
-    near = WORDS if tokenizer.decodes_words_locally else NEIGHBOURS
-    texts, top_texts = added_texts(decode, _decodes_locally(tokenizer), ids, top_ids, near)
+    spell, locally, near = spelling(tokenizer)
+    texts, top_texts = added_texts(spell, locally, ids, top_ids, near)
     special = tokenizer.special_of({*ids, *chain.from_iterable(top_ids)})
 
     def token(number: int, logarithm: float, text: str) -> JsonObject:
@@ -38,14 +36,24 @@ def token_details(tokenizer: TextTokenizer, output: Arrays) -> JsonObject:
     return {"tokens": tokens, "top_tokens": [list(map(token, *top)) for top in tops]}
 
 
-def _decodes_locally(tokenizer: TextTokenizer) -> bool:
-    """Return whether a token's text depends on its neighbours alone: here it is not cleaned up."""
-    return tokenizer.decodes_locally or tokenizer.decodes_words_locally
+class Spelling(NamedTuple):
+    """How tokens are decoded as they are written, special ones too, without the clean-up; and `WrittenText`'s arguments
+    for it."""
+
+    decode: Callable[[Sequence[int]], str]
+    locally: bool
+    near: Near
+
+
+def spelling(tokenizer: TextTokenizer) -> Spelling:
+    """Return how this tokenizer's tokens are spelled."""
+    decode = partial(tokenizer.decode, skip_special_tokens=False, raw=True)
+    return Spelling(decode, tokenizer.spells_locally, WORDS if tokenizer.decodes_words_locally else NEIGHBOURS)
 
 
 def time_of(tokenizer: TextTokenizer, length: int, count: int) -> int:
     """Return how many log-probabilities take as long as `count` in a text of `length` tokens."""
-    return count if _decodes_locally(tokenizer) else count * (1 + length // _WHOLE)
+    return count if tokenizer.spells_locally else count * (1 + length // _WHOLE)
 
 
 def check_time(count: int, time: int) -> Optional[InputTooLong]:

@@ -65,8 +65,9 @@ class TextTokenizer:
         # Whether a token's text depends on the tokens beside it alone; False where that is not known.
         decoder = _names_of(self._tokenizer.decoder)
         self.decodes_locally = not facts.clean_up and decoder in _LOCAL_DECODERS
-        # The same before the clean-up, and for any tokens: not of bytes that spoil those beside them.
+        # The same before the clean-up; and for any tokens: not of bytes that spoil those beside them.
         self.decodes_words_locally = decoder in _LOCAL_FOR_ANY_TOKENS
+        self.spells_locally = self.decodes_words_locally or decoder in _LOCAL_DECODERS
         self._reads_bytes = not decoder or "ByteFallback" in decoder
         self._embeddings = facts.embeddings
         self._types = facts.types

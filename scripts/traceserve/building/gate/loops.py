@@ -108,10 +108,11 @@ def _has_stopped(
     scores: torch.Tensor,
     **_: object,
 ) -> torch.Tensor:
-    """Return for each row of ids whether its text has a stop string that ends behind the position `begin`."""
+    """Return for each row of ids whether its text, special tokens included, has a stop string that ends behind the position
+    `begin`."""
     found = []
     for row in ids:
-        before, text = (tokenizer.decode(tokens, skip_special_tokens=True) for tokens in (row[:begin], row))
+        before, text = (tokenizer.decode(tokens, clean_up_tokenization_spaces=False) for tokens in (row[:begin], row))
         found.append(any(stop in text[max(0, len(before) - len(stop) + 1) :] for stop in stops))
     return torch.tensor(found)
 
