@@ -7,6 +7,7 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any, Callable, List
 
+import numpy as np
 import pytest
 import transformers
 from conftest import run_export
@@ -16,10 +17,12 @@ from tokenizers import decoders
 from traceserve.building.gate.texts import SENTENCES
 from traceserve_runtime.engine import Engine
 from traceserve_runtime.service import Service
-from traceserve_runtime.tasks.contract import Answer, Request
+from traceserve_runtime.tasks import TASKS
+from traceserve_runtime.tasks.contract import Answer, Job, Request
 from traceserve_runtime.tasks.generating import Generating
+from traceserve_runtime.tasks.text_generation import TextGeneration
 from traceserve_runtime.texts.continuation import Continuation
-from traceserve_runtime.texts.written_text import text_as_sent
+from traceserve_runtime.texts.rows import Encoded, Segments
 
 # Continuations
 
@@ -57,19 +60,6 @@ def test_a_prompt_without_a_text_is_not_continued(tmp_path: Path) -> None:
     assert Continuation(decode, [*tokenizer.token_ids("The"), *[1] * 10]).of(word, "train") == " train"
     assert Continuation(decode, tokenizer.token_ids("The")).of([], "") == ""
     assert Continuation(decode, tokenizer.token_ids("The")).of([1, *word], "train") == " train"
-
-
-def test_characters_that_a_stream_has_sent_stay(tmp_path: Path) -> None:
-    """One that is cut within its bytes makes a decoder replace those before it too."""
-    tokenizer = read(KINDS["llama"](), tmp_path)
-
-    def decode(ids: Any) -> str:
-        return tokenizer.decode(ids, skip_special_tokens=True)
-
-    ids = tokenizer.token_ids("a 日本")
-    assert decode(ids[:-1]) == "a " + "\ufffd" * 5
-    assert text_as_sent(decode, ids[:-1]) == "a 日\ufffd" and text_as_sent(decode, ids) == "a 日本"
-    assert text_as_sent(decode, ids[-3:-1]) == decode(ids[-3:-1])
 
 
 # Protocols
@@ -149,6 +139,34 @@ def test_so_do_their_tokens(service: Service, prompts: List[str]) -> None:
         assert [c for c in events(text) if c["choices"][0]["logprobs"]][0]["choices"][0]["logprobs"] == choice[
             "logprobs"
         ]
+
+
+def test_a_text_that_is_cut_within_a_character_ends_as_the_pipelines(service: Service, tmp_path: Path) -> None:
+    """Decoding leaves nothing of all bytes that stand together, so none of them is sent before they are whole."""
+    tokenizer = read(KINDS["llama"](), tmp_path)
+    task = TASKS["text_generation"](service.engine.manifest, tokenizer)
+    assert isinstance(task, TextGeneration)
+    [encoded] = tokenizer.encode([Segments("The train")], ["reject"])
+    assert isinstance(encoded, Encoded)
+    ids = tokenizer.token_ids("a 日本 a")
+    pieces: List[str] = []
+    request = Request({"text": "The train"}, {"return_full_text": False, "stream": True}, continues=True)
+
+    def continued(tokens: List[int]) -> str:
+        outputs = [{"tokens": np.array(tokens)}]
+        found = task.continuation(request, encoded.rows, outputs, Answer(task.decode(request, encoded.rows, outputs)))
+        assert found is not None
+        return str(found.value)
+
+    tell = task._told(Job(encoded.rows[0], request, pieces.append), continued)
+    assert tell is not None
+    for cut in range(1, len(ids) + 1):
+        tell(ids[:cut], ())
+        whole = tokenizer.decode(ids[:cut], skip_special_tokens=True)
+        assert continued(ids[:cut]) == " " + whole
+        assert all((" " + whole).startswith(piece) for piece in pieces)
+    assert pieces[-1] == " a 日本 a"
+    assert continued(ids[:-2]).endswith("\ufffd" * 5)
 
 
 def test_so_do_streams_and_stop_strings(service: Service, prompts: List[str]) -> None:

@@ -16,7 +16,6 @@ from traceserve_runtime.tasks.parameters import Field, Parameter
 from traceserve_runtime.texts import chat
 from traceserve_runtime.texts.continuation import Continuation
 from traceserve_runtime.texts.rows import Row, Segments
-from traceserve_runtime.texts.written_text import text_as_sent
 
 
 class TextGeneration(Generating):
@@ -125,7 +124,7 @@ class TextGeneration(Generating):
         if not continuation.before:
             return None
         ids = outputs[0]["tokens"].tolist()
-        written = continuation.of(ids, text_as_sent(self.text, ids))
+        written = continuation.of(ids, self.text(ids))
         details = self._continued(answer.details or {}, tail)
         value = written if self.streams(request) else self._value(request, written, details)
         return replace(answer, value=value, details=details)

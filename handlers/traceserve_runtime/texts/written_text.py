@@ -4,22 +4,8 @@ from __future__ import annotations
 
 from typing import Callable, List, NamedTuple, Sequence, Tuple
 
-_MOST = 24  # of the last tokens, until one ends a whole character
 _BYTES = 4  # the most of a character: each may be a token
 _INCOMPLETE = "\ufffd"  # decoders write it for bytes that are no character yet
-
-
-def text_as_sent(decode: Callable[[Sequence[int]], str], tokens: Sequence[int]) -> str:
-    """Return the text of these tokens, in which characters stay that a stream of it has sent.
-
-    Bytes that are no character, as where a text is cut within one, make some decoders replace whole ones before them too.
-    """
-    text = decode(tokens)
-    if not text.endswith(_INCOMPLETE):
-        return text
-    earlier = (decode(tokens[:count]) for count in range(len(tokens) - 1, max(0, len(tokens) - _MOST), -1))
-    complete = next((each for each in earlier if not each.endswith(_INCOMPLETE)), None)
-    return text if complete is None or text.startswith(complete) else complete + _INCOMPLETE
 
 
 class Near(NamedTuple):
