@@ -26,6 +26,7 @@ from traceserve_runtime.protocols.bodies import Headers
 from traceserve_runtime.protocols.events import Stops, cut_at_stop
 from traceserve_runtime.service import Call, Reply, Service
 from traceserve_runtime.tasks import TASKS
+from traceserve_runtime.tasks.contract import Answer, Request
 from traceserve_runtime.texts.tokenization import clean_up
 
 LLAMA = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}assistant:"
@@ -429,6 +430,41 @@ def test_hugging_faces_client_may_have_texts_cleaned_up(translator: Service, ser
     body = {"inputs": PROMPT, "parameters": {name: True}, "stream": True}
     error = ask(services["text_generation"], "hf", body, 400)["error"]
     assert error.startswith(f"parameters.{name}: ")
+
+
+@pytest.mark.parametrize("inputs", [PROMPT, {"messages": CHAT}])
+def test_hugging_faces_client_may_have_texts_left_as_they_are(
+    services: Dict[str, Service], inputs: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As with the pipeline, where the tokenizer cleans up; our own answer, by which versions are compared, stays."""
+    service, name = services["text_generation"], "clean_up_tokenization_spaces"
+    task = service.engine.task
+    spaced = [task.tokenizer.token_id(token) for token in ("\u0120", ".", ",")]
+    bias = {str(number): 100 for number in spaced}
+    asked = {"max_new_tokens": 12, "logit_bias": bias, "no_repeat_ngram_size": 2}
+
+    def text(**more: Any) -> str:
+        [found] = ask(service, "hf", {"inputs": inputs, "parameters": {**asked, **more, "return_full_text": False}})
+        return str(found["generated_text"])
+
+    spaced_text = text()
+    assert clean_up(spaced_text) != spaced_text
+    facts = dataclasses.replace(task.manifest.tokenizer, clean_up=True)
+    manifest = dataclasses.replace(task.manifest, tokenizer=facts)
+    for each in (task, service.engine):
+        monkeypatch.setattr(each, "manifest", manifest)
+    service = Service(service.engine, "cleaning")
+    monkeypatch.setattr(task.tokenizer, "_clean_up", True)
+    monkeypatch.setattr(task.tokenizer, "decodes_locally", False)
+    assert text() == text(**{name: True}) == clean_up(spaced_text) and text(**{name: False}) == spaced_text
+    assert text(**{name: False, "details": True}) == spaced_text
+    body = {"inputs": inputs, "parameters": {**asked, name: False}, "stream": True}
+    streamed, _ = stream(service, "hf", body)
+    assert "".join(event["token"]["text"] for event in events(streamed)) == spaced_text
+    assert events(streamed)[-1]["generated_text"] == spaced_text
+    request = Request(inputs if isinstance(inputs, dict) else {"text": inputs}, asked, continues=True, clean_up=False)
+    [answer] = service.engine.answer([dataclasses.replace(request, parameters={**asked, "return_full_text": False})])
+    assert isinstance(answer, Answer) and answer.value == [{"generated_text": clean_up(spaced_text)}]
 
 
 def test_openais_texts_end_before_a_stop_string_of_the_archive(

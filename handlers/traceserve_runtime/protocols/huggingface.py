@@ -77,8 +77,9 @@ class HuggingFace:
         body = parse_value({"inputs": inputs, "parameters": parameters}, served.task, group, served.manifest.max_rows)
         answers = _OLD_ANSWERS if _OLD_CLIENT in headers.client else _ANSWERS
         clean = _cleans_up(value, served, streams)
-        form = _Answers(_is_list(body), answers.get(served.task.name, _unchanged), clean)
-        requests = [replace(request, continues=True) for request in body.requests]
+        cleans = bool(clean) and not _cleaned_already(served)
+        form = _Answers(_is_list(body), answers.get(served.task.name, _unchanged), cleans)
+        requests = [replace(request, continues=True, clean_up=clean is not False) for request in body.requests]
         return replace(
             body, requests=requests, protocol=form, frames=_Tokens() if streams and body.streamable else None
         )
@@ -133,15 +134,21 @@ def _streamed(parameters: Mapping[str, object], served: Served) -> Dict[str, obj
     return {**without_beams(served), **parameters}
 
 
-def _cleans_up(value: Mapping[str, object], served: Served, streams: bool) -> bool:
-    """Return whether written texts are cleaned up here. Raises InvalidRequest for a stream's: what was sent would change."""
+def _cleans_up(value: Mapping[str, object], served: Served, streams: bool) -> Optional[bool]:
+    """Return whether written texts are cleaned up, None: as the tokenizer does. Raises InvalidRequest for a stream's: what
+    was sent would change."""
     name = "clean_up_tokenization_spaces"
     wanted = _given(value).get(name)
     if not isinstance(wanted, (bool, type(None))):
         raise InvalidRequest(f'"{name}" should be true or false, not {kind_of(wanted)}', f"parameters.{name}")
-    if wanted and streams and not served.manifest.tokenizer.clean_up:
+    if wanted and streams and not _cleaned_already(served):
         raise InvalidRequest(f'"{name}" is not supported for streams; leave it out', f"parameters.{name}")
-    return bool(wanted and served.task.loop)
+    return wanted if served.task.loop else None
+
+
+def _cleaned_already(served: Served) -> bool:
+    """Return whether the task cleans up what this model writes."""
+    return served.task.cleans_up and served.manifest.tokenizer.clean_up
 
 
 def _defaults(served: Served) -> Dict[str, object]:

@@ -32,7 +32,8 @@ class Request:
 
     Requests of one `group`, a client's own batch, share the limit on rows; None means no group. `where` is the
     request's path in the client's body, such as "inputs[2]". `explain`: it asks for an explanation of its answer.
-    `continues`: it asks for a text as it continues the prompt's, see `Answer.continuation`.
+    `continues`: it asks for a text as it continues the prompt's, see `Answer.continuation`; `clean_up`: cleaned up there
+    where the tokenizer does that.
     """
 
     inputs: Mapping[str, Any]
@@ -41,6 +42,7 @@ class Request:
     where: str = field(default="", compare=False)
     explain: bool = False
     continues: bool = False
+    clean_up: bool = True
 
 
 # Of a generated text, in text-generation-inference's format: see `tasks.generating`.
@@ -156,6 +158,7 @@ class Task:
     truncation_side: ClassVar[Optional[str]] = None  # likewise
     reads_vectors: ClassVar[bool] = False  # whether an answer is made of token vectors, like sentence-transformers'
     scores_pairs: ClassVar[bool] = False  # whether an answer is made of pairs' scores, like its cross-encoders'
+    cleans_up: ClassVar[bool] = False  # whether a text that is written is cleaned up where the tokenizer does that
     task_specific_params: ClassVar[bool] = False  # whether the pipeline reads its own section of config.json's
     # Parameters that choose what of an answer is explained; None if the task's answers cannot be explained.
     explains: ClassVar[Optional[Tuple[Parameter, ...]]] = None

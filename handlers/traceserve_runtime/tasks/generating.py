@@ -247,8 +247,9 @@ class Generating(Task):
 
         # Beams are several sequences, of which any may come next.
         one = settings.num_beams == 1
-        alone = WrittenText(self.text, self.tokenizer.decodes_locally).of if one else self.text
-        continued = _continuing(self.text, self.tail(prompt), alone)
+        decode = self.decoding(job.request)
+        alone = WrittenText(decode, self.tokenizer.decodes_locally).of if one else decode
+        continued = _continuing(decode, self.tail(prompt), alone)
         told = self._told(job, continued if self.continues(job.request) else alone)
         searched = continued if job.request.continues else self._spelled(prompt, growing=one)
         return search_for(prompt, settings, self._ends(job.request, prompt, searched), told)
@@ -292,7 +293,8 @@ class Generating(Task):
         if ids and ids[-1] in self.manifest.facts["eos_ids"]:
             return "eos_token"
         prompt = self.prompt(row)
-        continued = _continuing(self.text, self.tail(prompt), self.text)
+        decode = self.decoding(request)
+        continued = _continuing(decode, self.tail(prompt), decode)
         ends = self._ends(request, prompt, continued if request.continues else self._spelled(prompt, growing=False))
         return "stop_sequence" if ends is not None and ends(list(ids)) else "length"
 
@@ -340,7 +342,7 @@ class Generating(Task):
                 kept.append(WrittenToken(token, each.taken, token in special))
             if self.tokenizer.ends_in_bytes(tokens):
                 return
-            text = self._settled(text_of(tokens))
+            text = self._settled(text_of(tokens), job.request.clean_up)
             if likelihoods:
                 send(text, list(kept))
             else:
@@ -356,11 +358,15 @@ class Generating(Task):
         """Return whether the request's text is returned as it continues its prompt's."""
         return False
 
-    def _settled(self, text: str) -> str:
+    def decoding(self, request: Request) -> Callable[[Sequence[int]], str]:
+        """Return what decodes the new tokens of the text that a request is answered with."""
+        return self.text
+
+    def _settled(self, text: str, clean_up: bool = True) -> str:
         """Return the part of a growing text that more tokens cannot change: no partial characters, no removable
         space."""
         text = text.rstrip("\ufffd")
-        if not self.manifest.tokenizer.clean_up:
+        if not (clean_up and self.manifest.tokenizer.clean_up):
             return text
         # "do n '" and "t" become "don't".
         return text.rsplit(" ", 2 if text.endswith(" n '") else 1)[0]

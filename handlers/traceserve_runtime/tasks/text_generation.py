@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from functools import partial
-from typing import Dict, List, Mapping, Optional, Sequence
+from typing import Callable, Dict, List, Mapping, Optional, Sequence
 
 from traceserve_runtime.errors import InputTooLong, InvalidRequest
 from traceserve_runtime.json_types import Json
@@ -31,6 +31,7 @@ class TextGeneration(Generating):
     padding_side = "left"
     truncation_side = "left"  # the text just before the new one matters most
     longest_default = 2048
+    cleans_up = True
     fields = (
         Field("text", False, "the prompt"),
         Field("messages", False, 'or a chat, as [{"role": "user", "content": "..."}]', "messages"),
@@ -114,17 +115,21 @@ class TextGeneration(Generating):
         # A chat's new message follows no word.
         return request.continues and ("text" in request.inputs or request.inputs["messages"][-1]["role"] == "assistant")
 
+    def decoding(self, request: Request) -> Callable[[Sequence[int]], str]:
+        # Versions are compared by our own answers, to which `clean_up` does not apply.
+        raw = request.continues and not request.clean_up
+        return partial(self.tokenizer.decode, skip_special_tokens=True, raw=True) if raw else self.text
+
     def continuation(
         self, request: Request, rows: Sequence[Row], outputs: Sequence[Arrays], answer: Answer
     ) -> Optional[Answer]:
-        if not self.continues(request):
-            return None
-        tail = self.tail(self.prompt(rows[0]))
-        continuation = Continuation(self.text, tail)
-        if not continuation.before:
+        tail = self.tail(self.prompt(rows[0])) if self.continues(request) else []
+        decode = self.decoding(request)
+        continuation = Continuation(decode, tail)
+        if not continuation.before and request.clean_up:
             return None
         ids = outputs[0]["tokens"].tolist()
-        written = continuation.of(ids, self.text(ids))
+        written = continuation.of(ids, decode(ids))
         details = self._continued(answer.details or {}, tail)
         value = written if self.streams(request) else self._value(request, written, details)
         return replace(answer, value=value, details=details)
