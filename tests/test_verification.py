@@ -288,6 +288,19 @@ def test_another_tokenizer_is_caught(artifact: Path, checkpoint: Callable[..., P
     assert findings.tokenized_otherwise and not findings.passed
 
 
+@pytest.mark.parametrize(("architecture", "task"), [("bert", "fill_mask"), ("llama", "text_generation")])
+def test_another_clean_up_is_caught(
+    architecture: str, task: str, checkpoint: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Answers are decoded by our own tokenizer, the original's too."""
+    content = {"model_name": str(checkpoint(architecture, TASKS[task].auto_model)), "task": task, "max_length": 48}
+    monkeypatch.setattr("traceserve.building.checkpoints.original._cleans_up", lambda tokenizer: True)
+    monkeypatch.setattr(verification, "TEXTS", ["The train , it ' s said , doesn ' t leave ."])
+    with pytest.raises(DriftError) as error:
+        run_export(tmp_path / "x", content)
+    assert error.value.findings.changed
+
+
 def test_what_the_task_asks_is_compared_and_the_users_own(
     artifact: Path, checkpoint: Callable[..., Path], tmp_path: Path
 ) -> None:

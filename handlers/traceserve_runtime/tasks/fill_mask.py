@@ -37,6 +37,7 @@ class FillMask(Task):
     name = "fill_mask"
     auto_model = "AutoModelForMaskedLM"
     pipeline = "fill-mask"
+    cleans_up = True
     fields = (Field("text", True, "the text, with the model's mask token in it"),)
     outputs = (Output("logits", per_token=True),)
     parameters = (

@@ -141,6 +141,8 @@ def _changed(
     engine: Engine, reference: Reference, sample: Request, encoded: Encoded, answer: Union[Answer, TraceserveError]
 ) -> bool:
     """Return whether an answer differs from the decoded outputs of the original."""
+    if engine.task.cleans_up and not _decoded_alike(reference.original, encoded, engine.task):
+        return True
     try:
         expected = expected_answer(engine.task, reference, sample, encoded)
     except TraceserveError as error:
@@ -172,6 +174,16 @@ def _tokenized_alike(original: Original, sample: Request, encoded: Encoded, engi
             _part_alike(original, segments, rows, bool(encoded.unseen))
             for segments, (rows, _) in zip(engine.task.segments(sample), parts)
         )
+
+
+def _decoded_alike(original: Original, encoded: Encoded, task: Task) -> bool:
+    """Return whether transformers' tokenizer makes the same texts of the rows: answers are decoded by our own."""
+    ids = [row.encoding.ids for row in encoded.rows]
+    return all(
+        task.tokenizer.decode(each, skip_special_tokens=True)
+        == original.tokenizer.decode(each, skip_special_tokens=True)
+        for each in ids
+    )
 
 
 def _part_alike(original: Original, segments: Segments, rows: Sequence[Row], shortened: bool) -> bool:
