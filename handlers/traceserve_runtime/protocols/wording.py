@@ -34,9 +34,8 @@ class JsonBudget:
         self._most_commas = MOST_KEYS * items
         self._containers = self._commas = 0
 
-    def spend(self, text: str, what: str, field: Optional[str] = None) -> None:
-        """Add a JSON text; raises InputTooLong where all of them together are beyond any legal body."""
-        plain = _without_escapes(text)
+    def spend(self, plain: str, what: str, field: Optional[str] = None) -> None:
+        """Add a JSON text without its escapes; raises InputTooLong where all of them together are beyond any legal body."""
         most_quotes = 4 * (self._most_commas + self._most_containers)  # a key and a value each
         self._check(plain.count('"'), most_quotes, "quotation marks", what, field)
         for outside in _outside_strings(plain):
@@ -72,10 +71,13 @@ def parse_json(
     Texts of one body share a `budget`.
     """
     named = what if field else f"the {what}"
-    if _is_deep(text[:_BEGINNING]):
+    plain = _without_escapes(text[:_BEGINNING])
+    if _is_deep(plain):
         raise InvalidRequest(f"{named} is nested too deeply", field or what)
-    (budget or JsonBudget()).spend(text, named, field or what)
-    if len(text) > _BEGINNING and _is_deep(text):
+    if len(text) > _BEGINNING:
+        plain = _without_escapes(text)
+    (budget or JsonBudget()).spend(plain, named, field or what)
+    if len(text) > _BEGINNING and _is_deep(plain):
         raise InvalidRequest(f"{named} is nested too deeply", field or what)
     try:
         return json.loads(text)
@@ -83,11 +85,12 @@ def parse_json(
         raise InvalidRequest(f"{named} is not valid JSON: {error}", field or what) from None
 
 
-def _is_deep(text: str) -> bool:
-    """Return whether JSON is nested deeper than DEEPEST (certain from twice that depth on), in linear time."""
-    if text.count("[") + text.count("{") <= DEEPEST:
+def _is_deep(plain: str) -> bool:
+    """Return whether JSON, without its escapes, is nested deeper than DEEPEST (certain from twice that depth on), in linear
+    time."""
+    if plain.count("[") + plain.count("{") <= DEEPEST:
         return False
-    brackets = _NO_BRACKETS.sub("", "".join(_outside_strings(_without_escapes(text))))
+    brackets = _NO_BRACKETS.sub("", "".join(_outside_strings(plain)))
     for _ in range(DEEPEST):
         rest = brackets.replace("[]", "").replace("{}", "")  # the innermost ones
         if len(rest) == len(brackets):
