@@ -216,6 +216,13 @@ def test_receipts(mar: Path, tmp_path: Path) -> None:
     assert "7 of " in next(f.message for f in inspect_archive(drifted).findings if f.code == "drift")
 
 
+def test_labels_of_one_name_are_found(mar: Path, tmp_path: Path) -> None:
+    same = rewritten(mar, tmp_path / "x.mar", lambda d: sealed({**d, "labels": ["red", "green", "red"]}))
+    assert codes(same) == ["same-labels"]
+    message = next(found.message for found in inspect_archive(same).findings if found.code == "same-labels")
+    assert message.startswith("labels 0 and 2 are both named red: ")
+
+
 def test_remote_code(mar: Path, tmp_path: Path) -> None:
     trusted = rewritten(
         mar, tmp_path / "x.mar", lambda d: sealed({**d, "source": {**d["source"], "trust_remote_code": True}})

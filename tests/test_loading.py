@@ -17,6 +17,7 @@ from oracle import answers, generated
 from safetensors.torch import load_file, save_file
 from traceserve.building.checkpoints import lengths
 from traceserve.building.checkpoints.checkpoint import Checkpoint
+from traceserve.building.checkpoints.labels import same_labels
 from traceserve.building.checkpoints.loading import load_original, quiet_transformers
 from traceserve.building.checkpoints.original import Original
 from traceserve.building.checkpoints.sources import fetch_checkpoint
@@ -610,6 +611,15 @@ def test_other_heads_and_buffers_are_not_noted(
     copies = {name: weights[other].clone() for name, other in more.items()}
     save_file({**weights, **copies}, folder / "model.safetensors", {"format": "pt"})
     assert "does not read" not in (original(folder, task=task).note or "")
+
+
+def test_labels_of_one_name_are_noted(copy: Make) -> None:
+    """Clients cannot tell their answers apart."""
+    folder = copy("bert")
+    for names, noted in (["a", "a"], True), (["a", "b"], False):
+        change_json(folder / "config.json", id2label=dict(enumerate(names)), label2id={names[1]: 1, names[0]: 0})
+        assert ("labels 0 and 1 are both named a: " in (original(folder).note or "")) == noted
+    assert "labels 0 and 2 are both named a (and 1 more): " in (same_labels(["a", "b", "a", "a"]) or "")
 
 
 class Evil:

@@ -28,6 +28,7 @@ from traceserve.archives.listing import (
     wrong_for_torchserve,
 )
 from traceserve.archives.model_config import SERVING_FILE, Serving
+from traceserve.building.checkpoints.labels import same_labels
 from traceserve.checking.packages_here import PackageHere, packages_of
 from traceserve.deploying import resources
 from traceserve.deploying.described import Described
@@ -153,6 +154,7 @@ def _inspected(path: Path) -> Inspection:
         *_of_torchserves_manifest(listing, manifest),
         *_of_the_receipt(manifest),
         *_of_the_source(manifest),
+        *_of_the_labels(manifest),
         *_of_the_packages(packages),
         *_of_this_machine(manifest),
         *_of_its_age(document, manifest),
@@ -234,6 +236,12 @@ def _of_the_source(manifest: Manifest) -> Iterator[InspectionFinding]:
         )
     if source.kind == "hub" and source.revision is None:
         yield InspectionFinding(NOTE, "no-commit", f"the commit of {source.name} is not recorded")
+
+
+def _of_the_labels(manifest: Manifest) -> Iterator[InspectionFinding]:
+    same = same_labels(manifest.labels)
+    if same:
+        yield InspectionFinding(WARNING, "same-labels", f"{same}; build it again with names by index_to_name")
 
 
 def _of_the_packages(packages: Tuple[PackageHere, ...]) -> Iterator[InspectionFinding]:

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Tuple
+from typing import TYPE_CHECKING, Dict, Optional, Sequence, Tuple
 
 from traceserve.building.config.label_files import read_labels
-from traceserve.building.config.setup_config import SetupConfig
 from traceserve.errors import ConfigError, some
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+    from traceserve.building.config.setup_config import SetupConfig
 
 
 def labels(config: SetupConfig, model: PreTrainedModel, config_folder: Path) -> Tuple[str, ...]:
@@ -42,3 +43,14 @@ def labels(config: SetupConfig, model: PreTrainedModel, config_folder: Path) -> 
             f"has {count}, 0 to {count - 1}; {advice}"
         )
     return tuple(names[index] for index in range(count))
+
+
+def same_labels(names: Sequence[str]) -> Optional[str]:
+    """Return which labels have one name, in words; None if each has its own."""
+    first: Dict[str, int] = {}
+    pairs = [(first[name], index) for index, name in enumerate(names) if first.setdefault(name, index) != index]
+    if not pairs:
+        return None
+    one, other = pairs[0]
+    more = f" (and {len(pairs) - 1} more)" if len(pairs) > 1 else ""
+    return f"labels {one} and {other} are both named {names[one]}{more}: answers do not tell them apart"

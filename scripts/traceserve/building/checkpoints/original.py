@@ -11,6 +11,7 @@ from traceserve_runtime.manifest import TokenizerFacts
 from traceserve_runtime.runtimes import calling
 
 from traceserve.building.checkpoints.conversion import PIECES_FILE, Converted
+from traceserve.building.checkpoints.labels import same_labels
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -74,7 +75,8 @@ class Original:
         """Notes for the user."""
         case_note = self.case_note if self.known_tokens is None else self._tokens_note
         notes = [self._short_note, case_note, self._types_note, self._infilling_note, self._response_note]
-        return "\n".join(note for note in (*notes, self.weights_note, self.chat_note) if note) or None
+        notes += [self._labels_note, self.weights_note, self.chat_note]
+        return "\n".join(note for note in notes if note) or None
 
     @property
     def _short_note(self) -> Optional[str]:
@@ -105,6 +107,11 @@ class Original:
     def _infilling_note(self) -> Optional[str]:
         token = infilling(self.tokenizer)
         return None if token is None else f"a text with {token} is refused (400): places are not filled here"
+
+    @property
+    def _labels_note(self) -> Optional[str]:
+        same = same_labels(self.labels)
+        return None if same is None else f"{same}; name them by index_to_name"
 
     @property
     def _response_note(self) -> Optional[str]:
