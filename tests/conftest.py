@@ -25,6 +25,7 @@ from traceserve.building.exported import Exported
 from traceserve.building.gate import verification
 from traceserve.building.gate.texts import SENTENCES, TEXTS
 from traceserve.building.gate_options import GateOptions
+from traceserve.building.samples import OwnSamples
 from traceserve_runtime import processor
 from traceserve_runtime.engine import Engine, Work
 from traceserve_runtime.runner import Arrays, Padding
@@ -124,7 +125,7 @@ def run_export(
     with pytest.MonkeyPatch.context() as patch:
         if verification.TEXTS is TEXTS and not all_texts:
             patch.setattr(verification, "TEXTS", FEW_TEXTS)
-        gate = GateOptions(samples_file, allow_drift)
+        gate = GateOptions(OwnSamples.read(samples_file) if samples_file else None, allow_drift)
         return export(LoadedConfig(config, ROOT, notes), folder.name, folder, nothing, gate, shared)
 
 

@@ -196,6 +196,16 @@ def test_errors_speak_of_arguments(archive: traceserve.BuiltArchive, checkpoint:
     assert list(tmp_path.iterdir()) == []
 
 
+def test_what_only_looks_like_an_option_is_left_in_an_error(checkpoint: Make, tmp_path: Path) -> None:
+    target = tmp_path / "--force-download" / "x"
+    target.mkdir(parents=True)
+    (target / "data").write_text("mine")
+    with pytest.raises(ExportError) as taken:
+        traceserve.build(str(checkpoint("bert")), output=target, store=tmp_path)
+    assert taken.value.message.startswith(f"{target} is no artifact of traceserve")
+    assert taken.value.message.endswith("choose another folder, as output artifacts/NAME")
+
+
 def test_any_sequence_and_mapping_is_an_input(archive: traceserve.BuiltArchive) -> None:
     model = traceserve.load(archive)
     expected = model(["A red flower.", {"text": "A green leaf."}])

@@ -169,7 +169,7 @@ def within(edges: Mapping[str, Set[str]], package: str) -> Dict[str, Set[str]]:
 
 # The builder's floors, like the serving side's. Serving and building only meet at the archive.
 BUILDER_FLOORS: Sequence[Set[str]] = (
-    {"errors"},
+    {"errors", "option_names"},
     {"machine"},
     {"archives"},
     {"serving", "building"},
@@ -182,8 +182,8 @@ BUILDER_FLOORS: Sequence[Set[str]] = (
 )
 # Possibilities (`config`) are separate from implementations; writers and the gate do not know each other.
 BUILDING_FLOORS: Sequence[Set[str]] = (
-    {"config", "gate_options", "progress", "samples"},
-    {"checkpoints"},
+    {"config", "progress", "samples"},
+    {"checkpoints", "gate_options"},
     {"writers", "gate", "speeds", "products"},
     {"artifact", "exported", "explaining"},
     {"attempt", "proposal"},

@@ -34,10 +34,15 @@ DELAY = 0.2  # of the archive "patient": TorchServe's wait for a batch to fill
 
 
 @pytest.fixture(scope="module")
-def samples(tmp_path_factory: pytest.TempPathFactory) -> OwnSamples:
+def samples_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("samples") / "texts.txt"
     path.write_text("\n".join(TEXTS) + "\n\n", encoding="utf-8")
-    return OwnSamples.read(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def samples(samples_file: Path) -> OwnSamples:
+    return OwnSamples.read(samples_file)
 
 
 @pytest.fixture(scope="module")
@@ -66,11 +71,11 @@ def quietly(what: str, share: float) -> None:
 # --- a real server ----------------------------------------------------------------------------------------------------
 
 
-def test_the_command_on_a_real_server(served: Instance, samples: OwnSamples, tmp_path: Path) -> None:
+def test_the_command_on_a_real_server(served: Instance, samples_file: Path, tmp_path: Path) -> None:
     page, figures = tmp_path / "bench.html", tmp_path / "bench.json"
     url = f"{served.url}/predictions/quick"
     code, printed, errors = run_command(
-        *("quick", "--samples", str(samples.path), "--connections", "1,4", "--seconds", "1", "--warm-up", "0.3"),
+        *("quick", "--samples", str(samples_file), "--connections", "1,4", "--seconds", "1", "--warm-up", "0.3"),
         *(
             "--compare",
             url,
@@ -119,7 +124,7 @@ def test_the_command_on_a_real_server(served: Instance, samples: OwnSamples, tmp
 def test_what_the_servers_counters_mean(served: Instance, samples: OwnSamples) -> None:
     """The queue's time holds the delay in which a batch may fill, and the handler's time the model's."""
     plan = BenchPlan(connections=(2,), seconds=2.0, warm_up=0.5)
-    document = measure([subject("patient", samples)], plan, samples.path.name, quietly)
+    document = measure([subject("patient", samples)], plan, "texts.txt", quietly)
     [one] = document["summary"]
     parts = one["server"]["time_ms"]
     assert 950 * DELAY < parts["queue"] < one["latency_ms"]["mean"] and one["latency_ms"]["p50"] > 950 * DELAY
@@ -135,7 +140,7 @@ def test_what_the_servers_counters_mean(served: Instance, samples: OwnSamples) -
 def test_an_open_loop_on_a_real_server(served: Instance, samples: OwnSamples) -> None:
     """Whatever the delay of the batches, requests come at their rate."""
     plan = BenchPlan(connections=(1,), rate=40.0, seconds=2.0, warm_up=0.5)
-    document = measure([subject("patient", samples)], plan, samples.path.name, quietly)
+    document = measure([subject("patient", samples)], plan, "texts.txt", quietly)
     [one] = document["summary"]
     assert one["requests"] == pytest.approx(80, abs=36) and one["most_connections"] > 2
     latency, where = plots(report.page(document))  # none over connections
@@ -166,9 +171,7 @@ def test_a_sample_that_the_server_refuses(served: Instance, tmp_path: Path) -> N
 def test_two_servers_in_turn(samples: OwnSamples) -> None:
     with serving(after(0.02)) as fast, serving(after(0.06)) as slow:
         asked = [subject(fast.url, samples), subject(slow.url, samples)]
-        document = measure(
-            asked, BenchPlan(connections=(2,), seconds=0.4, warm_up=0.1, rounds=3), samples.path.name, quietly
-        )
+        document = measure(asked, BenchPlan(connections=(2,), seconds=0.4, warm_up=0.1, rounds=3), "texts.txt", quietly)
     [ratio] = document["ratios"]
     assert ratio["throughput"] == pytest.approx(3, rel=0.3)
     assert ratio["latency"]["p50"] == pytest.approx(1 / 3, rel=0.3)
@@ -221,7 +224,7 @@ def test_samples_that_cannot_be_sent(
         traffic(OwnSamples.read(tmp_path / name), body)
 
 
-def test_what_is_wrong_is_told_at_once(samples: OwnSamples, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_wrong_is_told_at_once(samples_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     port = configuration.free_ports(1)[0]
     for arguments, words in (
         (["quick", "--port", str(port)], "server"),
@@ -235,7 +238,7 @@ def test_what_is_wrong_is_told_at_once(samples: OwnSamples, tmp_path: Path, monk
         (["http://x/", "--header", "a b"], "should look like"),
     ):
         started = time.monotonic()
-        code, _, errors = run_command(*arguments, "--samples", str(samples.path))
+        code, _, errors = run_command(*arguments, "--samples", str(samples_file))
         assert code in (1, 2) and words in " ".join(errors.split()), errors
         assert time.monotonic() - started < 10
     monkeypatch.setitem(sys.modules, "plotly", None)
@@ -243,19 +246,19 @@ def test_what_is_wrong_is_told_at_once(samples: OwnSamples, tmp_path: Path, monk
         report.require_plotly()
 
 
-def test_errors_are_told(samples: OwnSamples, tmp_path: Path) -> None:
+def test_errors_are_told(samples: OwnSamples, samples_file: Path, tmp_path: Path) -> None:
     async def answer(number: int, body: bytes) -> bytes:
         await asyncio.sleep(0.01)
         return BUSY if number % 3 == 0 else OK
 
     with serving(answer) as busy:
         code, printed, errors = run_command(
-            busy.url, "--samples", str(samples.path), "--seconds", "0.5", "--warm-up", "0"
+            busy.url, "--samples", str(samples_file), "--seconds", "0.5", "--warm-up", "0"
         )
     assert code == 0, errors
     assert re.search(r"note: 16 connections: \d+ times HTTP 503", printed)
     with serving(always(OK.replace(b"200 OK", b"500 Broken"))) as broken:
-        code, _, errors = run_command(broken.url, "--samples", str(samples.path))
+        code, _, errors = run_command(broken.url, "--samples", str(samples_file))
     assert code == 1 and "answers 500 to the first sample" in errors
 
     async def once(number: int, body: bytes) -> Optional[bytes]:
@@ -345,7 +348,7 @@ def test_both_servers_get_the_samples_of_a_pipe(tmp_path: Path) -> None:
 def test_one_url_asked_twice_has_two_labels(samples: OwnSamples) -> None:
     with serving(at_once) as asked:
         two = [subject(asked.url, samples), subject(f"{asked.url}?top_k=1", samples)]
-        document = measure(two, BenchPlan((1,), None, 0.1, 0.0), samples.path.name, quietly)
+        document = measure(two, BenchPlan((1,), None, 0.1, 0.0), "texts.txt", quietly)
     label = two[0].label
     assert document["subjects"] == [label, f"{label} (2)"] and document["ratios"]
     assert [summary["subject"] for summary in document["summary"]] == document["subjects"]

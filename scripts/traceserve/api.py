@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
-import re
 import weakref
 from dataclasses import dataclass
 from pathlib import Path
-from typing import AbstractSet, Any, Callable, Dict, Iterable, Iterator, Mapping, Match, Optional, Sequence, Union
+from typing import AbstractSet, Any, Callable, Dict, Iterable, Iterator, Mapping, Optional, Sequence, Union
 
 from traceserve_runtime.engine import Engine
 from traceserve_runtime.errors import TraceserveError
@@ -28,16 +26,11 @@ from traceserve.building.config.targets import build_targets
 from traceserve.building.gate_options import GateOptions
 from traceserve.building.packing import export_and_pack
 from traceserve.building.progress import Progress
+from traceserve.building.samples import OwnSamples
 from traceserve.errors import ConfigError, SignatureError
+from traceserve.option_names import named_as_arguments
 
 _EXPLAIN = Headers("application/json", explain=True)
-_SAMPLES = "samples.jsonl"  # the file of a list of samples
-# Words of the commands in errors, and a Python caller's.
-_WORDS = (
-    (re.compile(r"--(force|allow-drift|keep-samples)\b"), lambda found: f"{_argument(found)}=True"),
-    (re.compile(r"--(output|store|samples|version)\b( FILE)?"), lambda found: _argument(found)),
-    (re.compile(r"TorchServe asks for the device"), lambda found: "the caller asks for the device"),
-)
 
 Input = Union[str, Mapping[str, Any], Iterable[Union[str, Mapping[str, Any]]]]
 
@@ -86,8 +79,8 @@ def build(
     if not isinstance(version, (str, type(None))):
         raise ConfigError(f'version should be a string, such as "{version}", not {type(version).__name__}')
     quiet: Progress = progress or (lambda what, done, total: None)
-    with staging.scratch() as folder, _in_python(folder):
-        gate = GateOptions(_samples_file(samples, folder), allow_drift, keep_samples)
+    with named_as_arguments():
+        gate = GateOptions(_own_samples(samples), allow_drift, keep_samples)
         loaded = _configured(model_name if model_name is None else os.fspath(model_name), config, keys)
         written = build_targets(loaded, Path(output) if output else None, Path(store), version, force)
         assert written.archive is not None
@@ -107,35 +100,10 @@ def _configured(model_name: Optional[str], config: Union[str, Path, None], keys:
     return LoadedConfig(parsed, Path.cwd(), notes)
 
 
-def _samples_file(samples: Union[str, Path, Iterable[str], None], folder: Path) -> Optional[Path]:
-    """Return the file of the samples; texts are written into `folder`."""
+def _own_samples(samples: Union[str, Path, Iterable[str], None]) -> Optional[OwnSamples]:
     if samples is None or isinstance(samples, (str, Path)):
-        return Path(samples) if samples else None
-    file = folder / _SAMPLES
-    file.write_text("".join(json.dumps(text) + "\n" for text in samples), encoding="utf-8")
-    return file
-
-
-@contextlib.contextmanager
-def _in_python(samples: Optional[Path] = None) -> Iterator[None]:
-    """Say errors in the words of a Python caller, who gave no options; `samples` is the folder of a list of samples."""
-    try:
-        yield
-    except TraceserveError as error:
-        message = error.message
-        if samples is not None:
-            file = re.escape(f"--samples {samples / _SAMPLES}")
-            message = re.sub(rf"{file}, line (\d+)", lambda found: f"samples[{int(found[1]) - 1}]", message)
-            message = re.sub(file, "samples", message)
-        for words, said in _WORDS:
-            message = words.sub(said, message)
-        error.message = message
-        error.args = (message, *error.args[1:])
-        raise
-
-
-def _argument(option: Match[str]) -> str:
-    return option[1].replace("-", "_")
+        return OwnSamples.read(Path(samples)) if samples else None
+    return OwnSamples.listed(samples)
 
 
 class LoadedArchive:
@@ -251,8 +219,7 @@ def _plain(value: object) -> object:
 
 
 def _ready(folder: Path, device: str, threads: Optional[int]) -> Engine:
-    with _in_python():
-        engine = Engine.load(folder, device, Settings(threads=threads))
+    engine = Engine.load(folder, device, Settings(threads=threads))
     engine.warm_up()
     engine.scheduler.open_lanes()
     return engine

@@ -59,7 +59,7 @@ def export_as(way: str, content: Dict[str, Any], folder: Path, texts: Path) -> E
     parsed, _ = parsing.parse_config({**content, "dtype": dtype})
     folder.mkdir()
     try:
-        gate = GateOptions(texts, allow_drift=True)
+        gate = GateOptions(OwnSamples.read(texts), allow_drift=True)
         return export(parsing.LoadedConfig(parsed, folder, ()), folder.name, folder, lambda *_: None, gate)
     finally:
         precision.PRECISIONS[dtype] = own

@@ -56,7 +56,7 @@ def read(manifest: Manifest, folder: Path, device: str, settings: Settings = Set
     instruction: before the code is loaded, since it would end the process.
     """
     if device != "cpu":
-        raise MissingPackage(f"TorchServe asks for the device {device}, but this archive was compiled for the CPU")
+        raise MissingPackage(f"the caller asks for the device {device}, but this archive was compiled for the CPU")
     settle(manifest.dtype, device, settings.threads)
     import torch
 

@@ -130,7 +130,7 @@ def read(manifest: Manifest, folder: Path, device: str, settings: Settings = Set
         raise MissingPackage(f"this archive needs onnxruntime, which cannot be imported: {error}") from error
     if device != "cpu":
         raise MissingPackage(
-            f"TorchServe asks for the device {device}, but an archive of save mode onnx runs on the CPU"
+            f"the caller asks for the device {device}, but an archive of save mode onnx runs on the CPU"
         )
     if manifest.dtype == "int8" and not int8_known(onnxruntime.__version__):
         raise MissingPackage(

@@ -90,7 +90,7 @@ def read(
         ) from error
     if device != "cpu":
         raise MissingPackage(
-            f"TorchServe asks for the device {device}, but an archive of save mode openvino runs on the CPU"
+            f"the caller asks for the device {device}, but an archive of save mode openvino runs on the CPU"
         )
     loops = bool(manifest.step_inputs)
     if not only_weights(manifest):

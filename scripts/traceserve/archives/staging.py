@@ -22,6 +22,8 @@ from typing import Iterator, Optional, Pattern, Set, Type
 
 from traceserve_runtime.errors import TraceserveError
 
+from traceserve.option_names import option, switch
+
 if sys.platform != "win32":
     import fcntl
 
@@ -53,7 +55,8 @@ def check_replaceable(target: Path, force: bool, error: Type[TraceserveError]) -
     if dangling is not None:
         raise error(dangling)
     if exists and not force:
-        raise error(f"{target} exists already; --force replaces it, --output or --store writes elsewhere")
+        elsewhere = f"{option('output')} or {option('store')}"
+        raise error(f"{target} exists already; {switch('force')} replaces it, {elsewhere} writes elsewhere")
 
 
 @contextlib.contextmanager

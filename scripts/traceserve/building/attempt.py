@@ -34,6 +34,7 @@ from traceserve.building.writers.neuron.compilers import CompileError
 from traceserve.building.writers.shapes import without_padding
 from traceserve.errors import ExportError, UnaskableError
 from traceserve.machine import neuron_cores, space
+from traceserve.option_names import switch
 
 _WRITTEN_TEXTS = 16  # for measuring the speed of generation
 PADDING_CHANGES = "padding_changes_outputs_by"  # in the receipt, if rows are therefore never padded
@@ -232,7 +233,7 @@ def _drift(dtype: str, shapes: Shapes, original: Original) -> str:
     return (
         f"the exported model does not answer as the original does (in {dtype}, "
         f"at {describe_shapes(shapes, original.max_length)}), so nothing "
-        "was written; --allow-drift exports it anyway, and records it"
+        f"was written; {switch('allow-drift')} exports it anyway, and records it"
     )
 
 

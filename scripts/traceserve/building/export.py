@@ -81,9 +81,7 @@ def _frozen_objects() -> Iterator[None]:
 def _export(
     loaded: LoadedConfig, name: str, folder: Path, progress: Progress, gate: GateOptions, shared: Optional[Shared]
 ) -> Exported:
-    samples = shared.samples if shared else None
-    if gate.samples:  # before anything is downloaded
-        samples = OwnSamples.read(gate.samples)
+    samples = gate.samples or (shared.samples if shared else None)
     config, checkpoint = _fetched(loaded, progress)
     own_samples = samples.requests(TASKS[config.task]) if samples else []
     reference = _reference(config, checkpoint, loaded.folder, progress, shared or Shared())

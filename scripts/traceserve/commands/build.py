@@ -124,8 +124,10 @@ def _build(options: argparse.Namespace) -> int:
 
 def _gate(options: argparse.Namespace) -> GateOptions:
     from traceserve.building.gate_options import GateOptions
+    from traceserve.building.samples import OwnSamples
 
-    return GateOptions(options.samples, options.allow_drift, options.keep_samples)
+    samples = OwnSamples.read(options.samples) if options.samples else None  # before anything is downloaded
+    return GateOptions(samples, options.allow_drift, options.keep_samples)
 
 
 def make(

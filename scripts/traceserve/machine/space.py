@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import List, Optional
 
 from traceserve.errors import NoSpace
+from traceserve.option_names import option
 
 # EFBIG is the error of a limit on file sizes (`ulimit -f`).
 _FULL = {errno.ENOSPC, errno.EFBIG, getattr(errno, "EDQUOT", errno.ENOSPC)}
@@ -113,7 +114,7 @@ def _sentence(path: Path, what: str, needed: Optional[int], free: int) -> str:
     wanted = f"{what} needs {_mb(needed)}" if needed is not None else f"{what} could not be written whole"
     return (
         f"no space left on the disk of {path}: {wanted}, {_mb(free)} are free to this user at most; free some, or write "
-        f"elsewhere (--output, --store; TMPDIR for temporary files, now {_temporary()})"
+        f"elsewhere ({option('output')}, {option('store')}; TMPDIR for temporary files, now {_temporary()})"
     )
 
 

@@ -98,9 +98,9 @@ def traffic(samples: OwnSamples, body: Optional[str] = None) -> Traffic:
     """
     if samples.whole:
         if body is not None:
-            raise ConfigError(f"--body is for texts: {samples.path} holds whole bodies, which are sent as they are")
+            raise ConfigError(f"--body is for texts: {samples.name} holds whole bodies, which are sent as they are")
         for number, line in samples.lines:
-            _check_json(line, f"--samples {samples.path}, line {number}")
+            _check_json(line, samples.at(number))
     texts = [line for _, line in samples.lines]
     if body is not None:
         if "{text}" not in body:

@@ -42,9 +42,7 @@ def requests_of(proofs: Sequence[Proof], samples: Optional[OwnSamples]) -> List[
         task = proofs[0].task
         own = [r for r in samples.requests(type(task)) if task.repeatable(r) and not task.streams(r)]
         if not own:
-            raise ConfigError(
-                f"--samples {samples.path} asks only for sampled or streamed text, which has no answer to compare"
-            )
+            raise ConfigError(f"{samples.name} asks only for sampled or streamed text, which has no answer to compare")
         for request in own:
             sample = GoldenSample(dict(request.inputs), dict(request.parameters), None, own=True)
             found[what_is_asked(sample)] = sample

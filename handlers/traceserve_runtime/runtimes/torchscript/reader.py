@@ -264,7 +264,7 @@ def settle(dtype: str, device: str, threads: Optional[int]) -> None:
     except ImportError as error:
         raise MissingPackage(f"this archive needs torch, which cannot be imported: {error}") from error
     if device != "cpu" and not torch.cuda.is_available():
-        raise MissingPackage(f"TorchServe asks for the device {device}, but this torch {torch.__version__} sees no GPU")
+        raise MissingPackage(f"the caller asks for the device {device}, but this torch {torch.__version__} sees no GPU")
     if device == "cpu":
         processor.check_dtype(dtype)
         # torch takes all cores of the process's affinity, even if a container's quota is lower.

@@ -13,9 +13,9 @@ from traceserve.archives import names, staging
 from traceserve.building.config import setup_config
 from traceserve.building.config.parsing import LoadedConfig
 from traceserve.errors import ArchiveError, ExportError
+from traceserve.option_names import option
 
 ARTIFACTS = Path("artifacts")
-_ELSEWHERE = "choose another folder, as --output artifacts/NAME"
 
 
 class Targets(NamedTuple):
@@ -45,13 +45,13 @@ def build_targets(
     """
     artifact = _default_artifact(loaded) if output is None else output
     if artifact.name in ("", ".."):
-        raise ExportError(f"--output {artifact} does not end in the artifact's name; {_ELSEWHERE}")
+        raise ExportError(f"{option('output')} {artifact} does not end in the artifact's name; {_elsewhere()}")
     name = names.check_name(artifact.resolve().name)
-    _check_parents(artifact, f"--output {artifact}", ExportError)
+    _check_parents(artifact, f"{option('output')} {artifact}", ExportError)
     checkpoint = setup_config.checkpoint_folder(loaded.config, loaded.folder)
     for what, folder in (("checkpoint", checkpoint), ("configuration", loaded.folder)):
         if folder.is_dir() and artifact.resolve() in (folder.resolve(), *folder.resolve().parents):
-            raise ExportError(f"{artifact} holds the {what}, which would be replaced; {_ELSEWHERE}")
+            raise ExportError(f"{artifact} holds the {what}, which would be replaced; {_elsewhere()}")
     targets = Targets(artifact, None, None, force)
     if store is not None:
         targets = targets._replace(
@@ -71,9 +71,13 @@ def archive_target(artifact: Path, store: Path, force: bool) -> Path:
     return target
 
 
+def _elsewhere() -> str:
+    return f"choose another folder, as {option('output')} artifacts/NAME"
+
+
 def _archive_in(store: Path, name: str) -> Path:
     target = store / f"{name}.mar"
-    _check_parents(target, f"--store {store}", ArchiveError)
+    _check_parents(target, f"{option('store')} {store}", ArchiveError)
     return target
 
 
@@ -82,28 +86,28 @@ def _default_artifact(loaded: LoadedConfig) -> Path:
     try:
         return ARTIFACTS / names.check_name(name)
     except ArchiveError as error:
-        raise ArchiveError(f"{error.message}; it comes from model_name, so {_ELSEWHERE}") from None
+        raise ArchiveError(f"{error.message}; it comes from model_name, so {_elsewhere()}") from None
 
 
 def _check_artifact(folder: Path) -> None:
     """Raise ExportError if there is a file, or a folder that may be somebody's data: with files, but not exported."""
     if os.path.lexists(folder) and not folder.is_dir():
-        raise ExportError(f"{folder} is a file, but an artifact is a folder; {_ELSEWHERE}")
+        raise ExportError(f"{folder} is a file, but an artifact is a folder; {_elsewhere()}")
     if folder.is_dir() and any(folder.iterdir()) and not (folder / MANIFEST_FILE).is_file():
         raise ExportError(
-            f"{folder} is no artifact of traceserve (it has no {MANIFEST_FILE}), so it is not replaced; {_ELSEWHERE}"
+            f"{folder} is no artifact of traceserve (it has no {MANIFEST_FILE}), so it is not replaced; {_elsewhere()}"
         )
 
 
 def _check_archive(path: Path, force: bool) -> None:
     """Raise ArchiveError if there is a folder or, unless `force`, an archive."""
     if path.is_dir():
-        raise ArchiveError(f"{path} is a folder, not an archive; choose another --store")
+        raise ArchiveError(f"{path} is a folder, not an archive; choose another {option('store')}")
     staging.check_replaceable(path, force, ArchiveError)
 
 
-def _check_parents(path: Path, option: str, error: Type[TraceserveError]) -> None:
+def _check_parents(path: Path, given: str, error: Type[TraceserveError]) -> None:
     """Raise `error` if a folder above `path` is a file."""
     there = next(parent for parent in path.absolute().parents if os.path.lexists(parent))
     if not there.is_dir():
-        raise error(f"{option}: {there} is a file, not a folder; choose another folder")
+        raise error(f"{given}: {there} is a file, not a folder; choose another folder")

@@ -26,6 +26,7 @@ from traceserve.building.gate.reference import Reference
 from traceserve.building.gate.texts import TEXTS
 from traceserve.building.progress import Progress
 from traceserve.errors import UnaskableError
+from traceserve.option_names import option
 
 CORPUS = (
     512  # sentences for a lower precision, besides the samples; a quarter of them for each variant except the default
@@ -66,7 +67,7 @@ def verify(
     if not (findings.answers or findings.failure or findings.stopped):
         raise UnaskableError(
             "no answer can be compared with the original's, since no built-in text fits into max_length; choose a larger one, or "
-            "give your own texts with --samples"
+            f"give your own texts with {option('samples')}"
         )
     if findings.passed:
         check_canary_answered(usual)
@@ -99,7 +100,7 @@ def _check_own_samples(task: Task, own: Sequence[Request]) -> None:
     if own:
         raise UnaskableError(
             f"none of your samples can be compared: the model would refuse all of them, the first because {reason}; give "
-            "others with --samples"
+            f"others with {option('samples')}"
         )
 
 
