@@ -140,7 +140,7 @@ class TransformerHandler:
         assert self.engine is not None
         packed = (getattr(context, "manifest", None) or {}).get("model") or {}
         name = getattr(context, "model_name", None) or packed.get("modelName") or self.engine.manifest.name
-        return name, str(packed.get("modelVersion") or "1.0")
+        return name, str(packed.get("modelVersion") or self.engine.manifest.version)
 
     def _report(self, stats: Stats, counters: Mapping[str, float], seconds: float, context: WorkerContext) -> None:
         """Report the computation to TorchServe."""

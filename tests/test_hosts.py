@@ -1232,7 +1232,7 @@ def test_the_router_is_healthy_where_all_are(several: Several) -> None:
 
 
 def test_one_archive_is_its_own_ingress_at_the_root() -> None:
-    [application] = ray_config.applications([ray_config.Hosted("/a/small.mar", "small", sha256="0" * 64)])
+    [application] = ray_config.applications([ray_config.Hosted("/a/small.mar", "small", "1.0", sha256="0" * 64)])
     assert application["route_prefix"] == "/" and application["args"]["archive"] == "/a/small.mar"
     assert application["name"] == "small"  # the next version takes its place
     assert application["args"]["replicas"] == dataclasses.asdict(ray_config.Replicas())
@@ -1243,7 +1243,7 @@ def test_several_archives_have_a_router() -> None:
     hosted = [
         ray_config.Hosted("a", "colours", "1.0", share=9),
         ray_config.Hosted("b", "colours", "2.0"),
-        ray_config.Hosted("c", "vectors"),
+        ray_config.Hosted("c", "vectors", "1.0"),
     ]
     found = ray_config.applications(hosted)
     assert {each["name"]: each["route_prefix"] for each in found} == {
@@ -1256,14 +1256,14 @@ def test_several_archives_have_a_router() -> None:
     with pytest.raises(ValueError, match=r"vectors-1\.0 is given twice"):
         ray_config.applications([hosted[2], hosted[2]])
     with pytest.raises(ValueError, match=r"colours-1\.0 is given twice"):
-        ray_config.applications([*hosted, ray_config.Hosted("d", "colours-1.0")])
+        ray_config.applications([*hosted, ray_config.Hosted("d", "colours-1.0", "1.0")])
     with pytest.raises(ValueError, match="no archive"):
         ray_config.applications([])
 
 
 def test_a_new_version_on_ray_is_beside_the_old_one_and_then_in_its_place() -> None:
     """As data: one replica at its own path; then the name's application with its arguments, and a router that knows it."""
-    hosted = [ray_config.Hosted("/old", "colours", "1.0"), ray_config.Hosted("/c", "vectors")]
+    hosted = [ray_config.Hosted("/old", "colours", "1.0"), ray_config.Hosted("/c", "vectors", "1.0")]
     running = ray_config.applications(hosted)
     replicas = dataclasses.asdict(ray_config.Replicas(least=3, most=4, cpus=2, surge=50))
     new = {**running[0]["args"], "archive": "/new", "version": "2.0", "replicas": replicas}  # type: ignore[dict-item]

@@ -307,9 +307,9 @@ def test_a_program_loads_only_what_is_signed(signed: Path, artifact: Path, keys:
 
 def test_a_cluster_knows_the_key_and_not_only_its_file(keys: Tuple[Pair, Pair]) -> None:
     text = keys[0].public.read_text()
-    [found] = ray_config.applications([ray_config.Hosted("s3://archives/tiny.mar", "tiny", trusted=text)])
+    [found] = ray_config.applications([ray_config.Hosted("s3://archives/tiny.mar", "tiny", "1.0", trusted=text)])
     assert isinstance(found["args"], dict) and found["args"]["trusted"] == text
-    [found] = ray_config.applications([ray_config.Hosted("s3://archives/tiny.mar", "tiny")])
+    [found] = ray_config.applications([ray_config.Hosted("s3://archives/tiny.mar", "tiny", "1.0")])
     assert isinstance(found["args"], dict) and "trusted" not in found["args"]  # which older images do not know
 
 

@@ -125,13 +125,13 @@ def test_another_archives_application_is_not_taken(
     """A version's own application is named NAME-VERSION, as another archive may be."""
     new = archive(2)
     version = new.manifest.version
-    serve_also(cluster, ray_config.Hosted("/other", f"tiny-{version}"))
+    serve_also(cluster, ray_config.Hosted("/other", f"tiny-{version}", "1.0"))
     with pytest.raises(ServerError, match=f"tiny {version} would get the name tiny-{version}, which another archive"):
         on_ray.start_beside(cluster, new, "tiny@new", 5.0)
-    serve_also(cluster, ray_config.Hosted("/other", f"tiny-{OLD}"))
+    serve_also(cluster, ray_config.Hosted("/other", f"tiny-{OLD}", "1.0"))
     with pytest.raises(ServerError, match=f"tiny {OLD} would get the name tiny-{OLD}"):
         on_ray.begin_update(cluster, "tiny")
-    serve_also(cluster, ray_config.Hosted("/other", "ti"))
+    serve_also(cluster, ray_config.Hosted("/other", "ti", "1.0"))
     on_ray._remember(cluster, "tiny-b", on_ray._KnownVersions({"1": {}}))  # of which one replica may stay as tiny-b-1
     on_ray._check_names(cluster, "tiny", [OLD, version])
     with pytest.raises(ServerError, match="tiny b-1 would get the name tiny-b-1"):

@@ -39,12 +39,11 @@ from typing import (
 )
 from urllib.parse import parse_qsl
 
-from traceserve_hosts import KEY_FILE_VARIABLE
+from traceserve_hosts import KEY_FILE_VARIABLE, earlier_runtimes
 from traceserve_hosts.batcher import Asked, Batcher, Piece
 from traceserve_hosts.keys import given_key
 
 if TYPE_CHECKING:
-    from traceserve_runtime.protocols.contract import Served
     from traceserve_runtime.service import Call, Reply, Service
 
 Scope = Mapping[str, Any]
@@ -225,8 +224,7 @@ class Application:
         from traceserve_runtime.protocols.bodies import Headers
         from traceserve_runtime.service import Call
 
-        served = self._service.served
-        body = _encoded(_canary_body(served))
+        body = _encoded(earlier_runtimes.canary_body(self._service.served))
         asked = self._batcher.ask(Call({"body": body}, Headers("application/json", len(body))))
         try:
             reply = await asyncio.wait_for(asked.next(), self._limits.timeout)
@@ -366,14 +364,6 @@ async def replied_live(send: Send, problem: Optional[str]) -> None:
         await replied(send, 200, {"live": True})
     else:
         await replied(send, 503, {"live": False, "reason": problem})
-
-
-def _canary_body(served: Served) -> Mapping[str, object]:
-    """A request that the archive answers. The runtime is the archive's own: one of an earlier version knows only its task's
-    sample."""
-    if hasattr(served.task, "canary_body"):
-        return served.task.canary_body(served.manifest)
-    return served.task.sample_body(served.manifest.facts)
 
 
 def path_of(scope: Scope) -> str:

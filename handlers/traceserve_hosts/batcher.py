@@ -17,6 +17,8 @@ from collections import OrderedDict
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Callable, List, Mapping, NamedTuple, Optional, Sequence, Tuple, Union
 
+from traceserve_hosts import earlier_runtimes
+
 if TYPE_CHECKING:
     from traceserve_runtime.batching.batches import Stats
     from traceserve_runtime.errors import TraceserveError
@@ -233,9 +235,8 @@ class _Running:
 
     @property
     def rest(self) -> float:
-        """For how many seconds a turn would do nothing, unless others join; archives of earlier versions do not say."""
-        rest: float = getattr(self._session, "rest", 0.0)
-        return rest
+        """For how many seconds a turn would do nothing, unless others join."""
+        return earlier_runtimes.rest_of(self._session)
 
     def turn(self) -> int:
         """Go one step further, and deliver the replies that there are now; returns the number of calls that were in it."""

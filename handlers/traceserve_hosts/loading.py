@@ -12,7 +12,7 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Dict, Iterator, NamedTuple, Optional
 
-from traceserve_hosts import SIGNED, libraries, reason_in
+from traceserve_hosts import SIGNED, earlier_runtimes, libraries, reason_in
 
 if TYPE_CHECKING:
     from traceserve_runtime.service import Service
@@ -77,7 +77,7 @@ def load_archive(
         engine = Engine.load(folder, device, settings.read(config))
     engine.make_ready()
     gc.freeze()  # else each full collection walks all of torch's objects while requests wait
-    service = Service(engine, name or manifest.name, version or manifest.version, **_mirror())
+    service = Service(engine, name or manifest.name, version or manifest.version, **earlier_runtimes.mirror())
     return Loaded(
         service, config.get("batchSize", 1), config.get("maxBatchDelay", 0) / 1000, config.get("responseTimeout", 120)
     )
@@ -95,15 +95,6 @@ def _naming_cache(folder: Path) -> Iterator[None]:
             f"{error} (the archive was unpacked into {folder}; if a file was changed there, remove that folder, and the next "
             "start unpacks the archive again)"
         ) from error
-
-
-def _mirror() -> Dict[str, Any]:
-    """Where this process shows what it answered while a new version is compared, if it was told so."""
-    try:
-        from traceserve_runtime.mirror import VARIABLE, Mirror
-    except ImportError:  # the archive is older
-        return {}
-    return {"mirror": Mirror(os.environ[VARIABLE])} if VARIABLE in os.environ else {}
 
 
 def _serving(folder: Path) -> Dict[str, Any]:

@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Optional, Sequence
 
-from traceserve_hosts import KEY_FILE_VARIABLE, KEY_VARIABLE
+from traceserve_hosts import KEY_FILE_VARIABLE, KEY_VARIABLE, earlier_runtimes
 from traceserve_hosts.addresses import is_only_local
 from traceserve_hosts.asgi import Application, Asgi, Limits, key_from_environment
 from traceserve_hosts.batcher import Batcher
@@ -54,8 +54,7 @@ def application(archive: Loaded, largest_body: Optional[int] = None) -> Applicat
     if largest_body is None:
         manifest = archive.service.served.manifest
         allowed = RequestLimits.of(manifest.max_length, manifest.max_rows)
-        # The runtime is the archive's own: one of an earlier version does not know it.
-        largest_body = getattr(allowed, "largest_body", Limits.largest_body)
+        largest_body = earlier_runtimes.body_limit(allowed, Limits.largest_body)
     limits = Limits(key_from_environment(), largest_body, timeout=archive.timeout)
     return Application(archive.service, Batcher(archive.service, archive.batch_size, archive.batch_delay), limits)
 

@@ -20,6 +20,7 @@ from traceserve_runtime.errors import InvalidManifest
 
 MANIFEST_FILE = "traceserve.json"
 SCHEMA = 5
+DEFAULT_VERSION = "1.0"  # of an archive whose configuration names none
 OLDEST = 3  # keys that later ones added have defaults
 _SEALED = 4  # the first with a digest
 HANDLER_FILE = "transformer_handler.py"
@@ -137,7 +138,7 @@ class Manifest:
     files: Dict[str, str] = field(default_factory=dict)  # SHA-256 of all other files in the archive
     receipt: Dict[str, Any] = field(default_factory=dict)  # what the gate measured
     runtime: Dict[str, Any] = field(default_factory=dict)  # facts for the reader of this save mode
-    version: str = "1.0"  # the archive's: in its URL, and in TorchServe's registrations
+    version: str = DEFAULT_VERSION  # the archive's: in its URL, and in TorchServe's registrations
 
     @property
     def on_gpu(self) -> bool:

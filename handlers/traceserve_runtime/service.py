@@ -18,6 +18,7 @@ from traceserve_runtime import failures
 from traceserve_runtime.batching.batches import Stats
 from traceserve_runtime.engine import Engine, Work
 from traceserve_runtime.errors import InvalidRequest, NotOffered, TraceserveError
+from traceserve_runtime.manifest import DEFAULT_VERSION
 from traceserve_runtime.mirror import Mirror
 from traceserve_runtime.pending import Pending
 from traceserve_runtime.protocols import protocol_of
@@ -67,7 +68,9 @@ class _Answered:
 class Service:
     """An engine, and the served name and version; a mirror shows what was answered."""
 
-    def __init__(self, engine: Engine, name: str, version: str = "1.0", mirror: Optional[Mirror] = None) -> None:
+    def __init__(
+        self, engine: Engine, name: str, version: str = DEFAULT_VERSION, mirror: Optional[Mirror] = None
+    ) -> None:
         self.engine = engine
         self.mirror = mirror
         self.served = Served(name, version, engine.manifest, type(engine.task), self._text_of)

@@ -7,6 +7,8 @@ import urllib.parse
 from dataclasses import dataclass, replace
 from typing import List, Optional, Sequence, Tuple
 
+from traceserve_runtime.manifest import DEFAULT_VERSION
+
 from traceserve.errors import ServerError
 from traceserve.playground import description
 from traceserve.playground.description import Description
@@ -14,7 +16,6 @@ from traceserve.serving import client, instances
 from traceserve.serving.client import Address
 from traceserve.serving.instances import Instance
 
-_FIRST_VERSION = "1.0"  # of an archive whose configuration names none
 _PATH = re.compile(r"(?P<before>.*?)/predictions/(?P<name>[^/]+)(/(?P<version>[^/]+))?/?")
 
 
@@ -87,7 +88,7 @@ def _at(place: str, key: Optional[str], certificate: Optional[str]) -> Model:
     if parts.scheme not in ("http", "https") or not parts.hostname or not path or parts.query or "@" in parts.netloc:
         raise ServerError(
             f"{place} is no URL of a model; it should look like http://127.0.0.1:8080/predictions/NAME, or with the version "
-            f"behind it if that is not {_FIRST_VERSION}"
+            f"behind it if that is not {DEFAULT_VERSION}"
         )
     url = f"{parts.scheme}://{parts.netloc}{path['before']}"
     address = Address(url, key, certificate, any_name=False)
@@ -95,7 +96,7 @@ def _at(place: str, key: Optional[str], certificate: Optional[str]) -> Model:
     if ours is not None:
         address = Address(url, key or ours.key, certificate or ours.certificate, any_name=certificate is None)
     name = urllib.parse.unquote(path["name"])
-    return _described(address, name, path["version"] or _FIRST_VERSION)
+    return _described(address, name, path["version"] or DEFAULT_VERSION)
 
 
 def _described(address: Address, name: str, version: str) -> Model:

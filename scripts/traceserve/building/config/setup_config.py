@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Dict, List, Optional, Union
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
+from traceserve_runtime.manifest import DEFAULT_VERSION
 from traceserve_runtime.tasks import TASKS
 from traceserve_runtime.texts.tokenization import LONG_INPUTS
 from typing_extensions import Literal
@@ -111,7 +112,7 @@ class SetupConfig(BaseModel):
         1, ge=1, le=10_000, description="How long TorchServe waits for a batch to fill, in milliseconds"
     )
     version: str = Field(
-        "1.0",
+        DEFAULT_VERSION,
         pattern=VERSION,
         description="The archive's version, in its URL `/predictions/NAME/VERSION`; with another one, a second build can be "
         "registered beside the first",
