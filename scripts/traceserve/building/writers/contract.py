@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, Callable, Collection, Dict, Iterable, Nam
 from traceserve_runtime.tasks.contract import TextOrPair
 
 from traceserve.building.checkpoints.original import Original
+from traceserve.building.config.dtypes import DTYPES
 from traceserve.building.config.save_modes import Target
 from traceserve.building.config.setup_config import SetupConfig
 from traceserve.errors import ExportError
@@ -40,6 +41,12 @@ def _no_note(target: Target) -> str:
 
 class NoGradients(ExportError):
     """The archive has no gradients of the model, and so explains by occlusion; the message says why."""
+
+
+def check_differentiable(dtype: str) -> None:
+    """Raise NoGradients for a dtype whose operators have no gradients."""
+    if not DTYPES[dtype].differentiable:
+        raise NoGradients(f"{dtype} has no gradients")
 
 
 def _no_gradients(original: Original, manifest: Manifest, folder: Path) -> Tuple[str, ...]:

@@ -16,11 +16,11 @@ from traceserve_runtime.runtimes.pretrained import IN_FLOAT32, KEEPS_PAST, OLDES
 from traceserve_runtime.versions import release_of
 
 from traceserve.building.checkpoints.original import Original
-from traceserve.building.config.dtypes import DTYPES
 from traceserve.building.config.save_modes import Target
-from traceserve.building.writers.contract import NoGradients, Written
+from traceserve.building.writers.contract import Written, check_differentiable
 from traceserve.building.writers.lowering import precision
 from traceserve.building.writers.tracing.loops import loop_graphs
+from traceserve.building.writers.tracing.replacing import replaced
 from traceserve.building.writers.tracing.wrapping import example, once
 from traceserve.errors import ExportError, UnwritableError
 
@@ -69,8 +69,7 @@ def write(original: Original, task: Type[Task], shapes: Shapes, folder: Path, ta
 
 def gradients(original: Original, manifest: Manifest, folder: Path) -> Tuple[str, ...]:
     """Write nothing: the model itself has gradients, and the gate looks at them; see Writer."""
-    if not DTYPES[manifest.dtype].differentiable:
-        raise NoGradients(f"{manifest.dtype} has no gradients")
+    check_differentiable(manifest.dtype)
     return ()
 
 
@@ -98,12 +97,8 @@ def _own_configs(model: PreTrainedModel) -> Iterator[None]:
     import transformers
 
     empty: Any = transformers.GenerationConfig
-    own = {name: getattr(model, name) for name in ("config", "generation_config") if hasattr(model, name)}
-    model.config = copy.deepcopy(model.config)
-    if "generation_config" in own:
-        model.generation_config = empty()
-    try:
+    others = {"config": copy.deepcopy(model.config)}
+    if hasattr(model, "generation_config"):
+        others["generation_config"] = empty()
+    with replaced(model, **others):
         yield
-    finally:
-        for name, value in own.items():
-            setattr(model, name, value)

@@ -10,6 +10,7 @@ import torch
 
 from traceserve.building.checkpoints.original import Original
 from traceserve.building.writers.tracing.graphs import trace
+from traceserve.building.writers.tracing.replacing import replaced
 from traceserve.building.writers.tracing.wrapping import tracing_of
 from traceserve.errors import UnwritableError
 
@@ -52,11 +53,8 @@ def _nothing_concatenated() -> Iterator[None]:
         some = [tensor for tensor in tensors if tensor.ndim != 1 or tensor.numel()]
         return some[0] if len(some) == 1 else own(some or list(tensors), *more, **named)
 
-    torch.cat = cat
-    try:
+    with replaced(torch, cat=cat):
         yield
-    finally:
-        torch.cat = own
 
 
 @contextlib.contextmanager

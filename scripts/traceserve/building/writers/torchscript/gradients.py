@@ -15,8 +15,7 @@ from traceserve_runtime.runtimes.torchscript.gradients import GRADIENTS_FILE, PL
 from traceserve_runtime.runtimes.torchscript.weights import Place, read_places, write_places
 
 from traceserve.building.checkpoints.original import Original
-from traceserve.building.config.dtypes import DTYPES
-from traceserve.building.writers.contract import NoGradients
+from traceserve.building.writers.contract import NoGradients, check_differentiable
 from traceserve.building.writers.lowering import precision
 from traceserve.building.writers.tracing.graphs import TRACED_BATCH, TRACED_LENGTH, together, trace, write_module
 from traceserve.building.writers.tracing.recurrences import recurrences_of_any_length
@@ -28,8 +27,7 @@ _EMBED, _OUTPUTS = "embed", "outputs"
 
 def write_gradients(original: Original, manifest: Manifest, folder: Path) -> Tuple[str, ...]:
     """Write `folder/gradients.pt` and the positions of its weights in the model's file; see Writer."""
-    if not DTYPES[manifest.dtype].differentiable:
-        raise NoGradients(f"{manifest.dtype} has no gradients")
+    check_differentiable(manifest.dtype)
     if manifest.shapes.graph_per_shape:
         raise NoGradients("a model with one graph for each shape has none")
     model: Any = original.model

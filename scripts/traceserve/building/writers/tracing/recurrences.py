@@ -13,6 +13,8 @@ from typing import Any, Callable, Dict, Iterator, List, Optional, Tuple
 
 import torch
 
+from traceserve.building.writers.tracing.replacing import replaced
+
 
 def _gated_delta(
     query: torch.Tensor,
@@ -256,11 +258,9 @@ _OURS: Dict[str, Callable[..., object]] = {
 def recurrences_of_any_length(model: torch.nn.Module) -> Iterator[None]:
     """Make a model's recurrences hold for any number of positions in a trace."""
     modules = {sys.modules[type(part).__module__] for part in model.modules() if type(part).__module__ in sys.modules}
-    own = {(module, name): getattr(module, name) for module in modules for name in _OURS if hasattr(module, name)}
-    for module, name in own:
-        setattr(module, name, _OURS[name])
-    try:
+    with contextlib.ExitStack() as stack:
+        for module in modules:
+            stack.enter_context(
+                replaced(module, **{name: ours for name, ours in _OURS.items() if hasattr(module, name)})
+            )
         yield
-    finally:
-        for (module, name), function in own.items():
-            setattr(module, name, function)

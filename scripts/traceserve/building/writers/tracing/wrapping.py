@@ -6,13 +6,15 @@ import contextlib
 import re
 import sys
 import warnings
-from typing import Any, Callable, Iterator, List, Optional, Sequence, Tuple, Union
+from types import ModuleType
+from typing import Any, Callable, Iterator, List, Mapping, Optional, Sequence, Tuple, Union
 
 import torch
 from traceserve_runtime.errors import reason
 from traceserve_runtime.runtimes.calling import Single
 
 from traceserve.building.checkpoints.original import Original
+from traceserve.building.writers.tracing.replacing import replaced
 from traceserve.errors import ExportError, NoSpace, UnwritableError
 
 Result = Union[torch.Tensor, Tuple[torch.Tensor, ...]]
@@ -99,15 +101,9 @@ def masks_without_vmap() -> Iterator[None]:
         return expanded
 
     # Together with its preparation of indexing for vmap, which cannot be traced either.
-    replaced = {"_vmap_for_bhqkv": broadcast, "TransformGetItemToIndex": contextlib.nullcontext}
-    own = {name: getattr(masking_utils, name) for name in replaced if hasattr(masking_utils, name)}
-    for name in own:
-        setattr(masking_utils, name, replaced[name])
-    try:
+    ours = {"_vmap_for_bhqkv": broadcast, "TransformGetItemToIndex": contextlib.nullcontext}
+    with replaced(masking_utils, **{name: value for name, value in ours.items() if hasattr(masking_utils, name)}):
         yield
-    finally:
-        for name, value in own.items():
-            setattr(masking_utils, name, value)
 
 
 @contextlib.contextmanager
@@ -118,7 +114,6 @@ def forward_alone() -> Iterator[None]:
     torch.jit.trace records each as a Python call, which cannot be saved.
     """
     kind: Any = torch.autograd.Function
-    own = vars(kind).get("apply")  # before torch 2.0 a base has it
 
     def apply(cls: Any, *inputs: Any, **named: Any) -> Any:
         # A function with its own context, possible since torch 2.0, takes none in its forward pass.
@@ -126,14 +121,8 @@ def forward_alone() -> Iterator[None]:
             return cls.forward(*inputs, **named)
         return cls.forward(_Context(), *inputs, **named)
 
-    kind.apply = classmethod(apply)
-    try:
+    with replaced(kind, apply=classmethod(apply)):
         yield
-    finally:
-        if own is None:
-            del kind.apply
-        else:
-            kind.apply = own
 
 
 class _Context(torch.autograd.function.FunctionCtx):
@@ -155,11 +144,8 @@ def windows_by_unfold() -> Iterator[None]:
             return own(tensor, size, stride, *more)
         return whole.unfold(1, int(size[2]), int(stride[1]) // int(stride[2])).transpose(2, 3)
 
-    torch.Tensor.as_strided = cut  # type: ignore[assignment, method-assign]
-    try:
+    with replaced(torch.Tensor, as_strided=cut):
         yield
-    finally:
-        torch.Tensor.as_strided = own  # type: ignore[method-assign]
 
 
 @contextlib.contextmanager
@@ -174,11 +160,8 @@ def truths_as_numbers() -> Iterator[None]:
             named["value"] = int(named["value"])
         return own(tensor, *given, **named)
 
-    torch.Tensor.scatter = scatter  # type: ignore[assignment, method-assign]
-    try:
+    with replaced(torch.Tensor, scatter=scatter):
         yield
-    finally:
-        torch.Tensor.scatter = own  # type: ignore[method-assign]
 
 
 @contextlib.contextmanager
@@ -228,13 +211,10 @@ def positions_by_length(model: torch.nn.Module) -> Iterator[None]:
             made.append([encoded(count * stride, (1 - count) * stride, stride), pooling])
         return made
 
-    for kind in kinds:
-        kind.get_position_embeds = encodings  # type: ignore[attr-defined]
-    try:
+    with contextlib.ExitStack() as stack:
+        for kind in kinds:
+            stack.enter_context(replaced(kind, get_position_embeds=encodings))
         yield
-    finally:
-        for kind, function in own.items():
-            kind.get_position_embeds = function  # type: ignore[attr-defined]
 
 
 @contextlib.contextmanager
@@ -256,16 +236,21 @@ def plain_names(model: torch.nn.Module) -> Iterator[None]:
     named.update(_NAMED)
     # For lookups of a class's module, such as inspect's.
     added = {named[module]: sys.modules[module] for module in own.values() if named[module] not in sys.modules}
-    sys.modules.update(added)
-    for kind, module in own.items():
-        kind.__module__ = named[module]
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(_also_found(added))
+        for kind, module in own.items():
+            stack.enter_context(replaced(kind, __module__=named[module]))
+        yield
+
+
+@contextlib.contextmanager
+def _also_found(modules: Mapping[str, ModuleType]) -> Iterator[None]:
+    sys.modules.update(modules)
     try:
         yield
     finally:
-        for kind, module in own.items():
-            kind.__module__ = module
-        for module in added:
-            del sys.modules[module]
+        for name in modules:
+            del sys.modules[name]
 
 
 def example(original: Original, batch: int, length: int) -> Tuple[torch.Tensor, ...]:
