@@ -11,6 +11,8 @@ from traceserve_runtime.json_types import Json
 from traceserve_runtime.protocols.contract import Served
 from traceserve_runtime.tasks.contract import Answer, WrittenToken
 
+UNSEEN = "truncated"  # the key of what `noted` adds
+
 
 @dataclass(frozen=True)
 class Plain:
@@ -19,7 +21,7 @@ class Plain:
     is_list: bool
 
     def reply(self, answers: Sequence[Answer], served: Served) -> Json:
-        """Return the response; answers that have room include the characters that the model did not see."""
+        """Return the response, of answers that are `noted`."""
         return self.document([noted(answer) for answer in answers], served)
 
     def document(self, answers: Sequence[Json], served: Served) -> Json:
@@ -54,8 +56,8 @@ PLAIN_TEXT = PlainText()
 
 
 def noted(answer: Answer) -> Json:
-    """Return the answer's value; dictionaries with room for it include the characters that the model did not see."""
-    value, note = answer.value, {"truncated": answer.unseen}
+    """Return the answer's value; of a truncated text, each of its objects has the characters that the model did not see."""
+    value, note = answer.value, {UNSEEN: answer.unseen}
     if answer.unseen and isinstance(value, dict):
         return {**value, **note}
     if answer.unseen and isinstance(value, list):

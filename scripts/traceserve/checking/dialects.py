@@ -11,11 +11,10 @@ import urllib.parse
 from typing import Any, Callable, Dict, List, Mapping, NamedTuple, Sequence
 
 from traceserve_runtime.manifest import Manifest
+from traceserve_runtime.protocols.native import UNSEEN
 from traceserve_runtime.tasks.contract import Task
 
 from traceserve.building.gate.golden import GoldenSample
-
-_NOTE = "truncated"  # see `protocols.native.noted`
 
 
 class Dialect(NamedTuple):
@@ -39,7 +38,7 @@ class SpokenAt(NamedTuple):
 
 def _without_note(answer: Any) -> Any:
     if isinstance(answer, dict):
-        return {key: value for key, value in answer.items() if key != _NOTE}
+        return {key: value for key, value in answer.items() if key != UNSEEN}
     if isinstance(answer, list) and answer and isinstance(answer[0], dict):
         return [_without_note(item) for item in answer]
     return answer
