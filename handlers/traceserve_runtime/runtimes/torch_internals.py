@@ -35,7 +35,7 @@ def rewrites() -> bool:
     """
     import torch
 
-    passes = ("_jit_pass_inline", "_jit_pass_cse", "parse_ir")
+    passes = ("_jit_pass_inline", "_jit_pass_cse", "_jit_pass_dce", "parse_ir")
     return not missing_members() and all(hasattr(torch._C, name) for name in passes)
 
 
@@ -74,6 +74,13 @@ def merge_equal(graph: Graph) -> None:
     import torch
 
     torch._C._jit_pass_cse(graph)
+
+
+def remove_unread(graph: Graph) -> None:
+    """Remove the operators whose outputs nobody reads. Needed by `rewrites`."""
+    import torch
+
+    torch._C._jit_pass_dce(graph)
 
 
 def parse(text: str) -> Graph:

@@ -25,7 +25,6 @@ from traceserve_runtime.runtimes.torchscript import devices
 _REPEATED_AXIS = 2  # of (batch, heads, times, length, size), which `expand` makes, and `reshape` merges with the heads
 _END = 2**63 - 1  # of a slice without one
 _MERGING = ("aten::reshape", "aten::view")
-_REMOVED = ("aten::to", *_MERGING, "aten::expand", "aten::slice", "aten::unsqueeze")
 
 
 class _Repeated(NamedTuple):
@@ -51,7 +50,10 @@ def group(module: Traced) -> int:
 def _group(graph: Graph) -> int:
     torch_internals.inline(graph)
     torch_internals.merge_equal(graph)
-    return sum(_share(graph, node) for node in graph.findAllNodes(ATTENTION, True))
+    shared = sum(_share(graph, node) for node in graph.findAllNodes(ATTENTION, True))
+    if shared:  # the copies are unread; `growing` counts what reads a cache
+        torch_internals.remove_unread(graph)
+    return shared
 
 
 def _share(graph: Graph, node: Node) -> bool:
@@ -67,8 +69,6 @@ def _share(graph: Graph, node: Node) -> bool:
     replace_value(node, made.output())
     for each in (keys, values):
         _measure_instead(each.copies, each.own)
-    for read in {each.debugName(): each for each in (key, value)}.values():  # equal ones are merged
-        _remove_unread(read)
     return True
 
 
@@ -133,12 +133,3 @@ def _measure_instead(copied: Value, own: Value) -> None:
         measured = use.user.kind() == "aten::size" and use.user.inputsSize() == 2
         if measured and use.user.inputsAt(1).toIValue() in (0, 2, 3, -1, -2, -4):
             use.user.replaceInput(0, own)
-
-
-def _remove_unread(value: Value) -> None:
-    """Remove the operators that make a value, as far as nobody else reads what they make."""
-    node = value.node()
-    if node.kind() in _REMOVED and not any(output.uses() for output in node.outputs()):
-        read = node.inputsAt(0)
-        node.destroy()
-        _remove_unread(read)

@@ -33,8 +33,9 @@ if TYPE_CHECKING:
 Kept = Tuple[Optional["torch.dtype"], ...]
 
 AXIS = 2  # of positions, in (batch, heads, positions, size)
-_DTYPES = {5: "float16", 6: "float32", 15: "bfloat16"}  # by their numbers in a graph
-_HALVES = (5, 15)
+# Dtypes by their numbers in a graph.
+_HALVES = {5: "float16", 15: "bfloat16"}
+_FLOAT32 = 6
 # `past` is a part of a tensor with room behind it.
 _WRITTEN_BEHIND = """graph(%past : Tensor, %new : Tensor):
   %none : NoneType = prim::Constant()
@@ -86,7 +87,7 @@ def _write(graph: Graph, written: Graph, past: Value, result: Value, new: Value)
     import torch
 
     node, casts = result.node(), _halving(list(_casts(result)))
-    dtype = getattr(torch, _DTYPES[_dtype(casts[-1])]) if casts else None
+    dtype = getattr(torch, _HALVES[_dtype(casts[-1])]) if casts else None
     for cast in casts:  # their constants may be made after this node
         options = [insert_constant(graph, value.toIValue(), node) for value in list(cast.inputs())[1:]]
         new = insert_node(graph, cast.kind(), [new, *options], node).output()
@@ -131,7 +132,7 @@ def _casts(value: Value) -> Iterator[Node]:
         readers = [user for user in users if user.kind() not in ("aten::size", "prim::TupleConstruct")]
         if len(readers) != 1 or readers[0].kind() != "aten::to" or readers[0].inputsSize() != 5:
             return
-        if _dtype(readers[0]) not in _DTYPES:
+        if _dtype(readers[0]) not in (_FLOAT32, *_HALVES):
             return
         yield readers[0]
         value = readers[0].output()

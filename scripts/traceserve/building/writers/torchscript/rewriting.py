@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Callable, Dict, List, Optional
 
 import torch
+from traceserve_runtime.runtimes import torch_internals
 from traceserve_runtime.runtimes.graph import (
     ATTENTION,
     Graph,
@@ -20,7 +21,6 @@ from traceserve_runtime.runtimes.torchscript.devices import nodes
 from traceserve.building.writers.torchscript import end_to_end
 from traceserve.building.writers.torchscript.axes import Dims
 from traceserve.building.writers.torchscript.operators import PREPARED, RESHAPING, Operators
-from traceserve.building.writers.tracing import torch_internals
 
 _LAYERS = ("aten::linear", "aten::addmm", "aten::matmul", "aten::conv1d")
 

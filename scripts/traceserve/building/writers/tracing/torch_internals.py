@@ -22,7 +22,7 @@ def unpads() -> bool:
 
     Otherwise the graph is written as traced: a worker gives the same answers with it, for more work.
     """
-    passes = ("_jit_pass_remove_mutation", "_jit_pass_dce", "_create_function_from_graph")
+    passes = ("_jit_pass_remove_mutation", "_create_function_from_graph")
     return torch_internals.rewrites() and all(hasattr(torch._C, name) for name in passes)
 
 
@@ -30,11 +30,6 @@ def remove_mutation(graph: Graph) -> None:
     """Turn in-place changes into new values, where the old ones are not read. Needed by `unpads`."""
     untyped: Any = graph
     torch._C._jit_pass_remove_mutation(untyped)
-
-
-def remove_unread(graph: Graph) -> None:
-    """Remove unread values. Needed by `unpads`."""
-    torch._C._jit_pass_dce(graph)
 
 
 def run(graph: Graph, module: Traced, inputs: Sequence[torch.Tensor]) -> List[torch.Tensor]:
