@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import gc
 import os
+import random
 import signal
 from pathlib import Path
-from typing import Any, Callable, Dict, Iterator, List, Optional, Set, Tuple
+from typing import Any, Callable, Dict, Iterator, List, Optional, Sequence, Set, Tuple
 
 import pytest
 
@@ -28,9 +29,11 @@ from traceserve.building.gate_options import GateOptions
 from traceserve.building.samples import OwnSamples
 from traceserve_runtime import processor
 from traceserve_runtime.engine import Engine, Work
+from traceserve_runtime.pending import Pending
 from traceserve_runtime.runner import Arrays, Padding
 from traceserve_runtime.runtimes.graph import load_module
 from traceserve_runtime.runtimes.torchscript import devices, packing
+from traceserve_runtime.tasks.contract import Request
 
 ROOT = Path(__file__).resolve().parents[1]
 FEW_TEXTS = SENTENCES[1:6]
@@ -139,6 +142,18 @@ def reread(module: Any, folder: Path) -> Any:
 def few_texts(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let the gate of a build by other ways than `run_export` compare few texts, for tests of something else."""
     monkeypatch.setattr(verification, "TEXTS", FEW_TEXTS)
+
+
+def joined(work: Work, groups: Sequence[Sequence[Request]], chosen: random.Random) -> List[List[Pending]]:
+    """Let groups of requests join at random turns, one to four at a time, until everything is answered; return each group's."""
+    waiting, pending = list(groups), []
+    while waiting or work.busy:
+        if waiting and chosen.random() < 0.4:
+            some = [waiting.pop(0) for _ in range(min(len(waiting), chosen.randint(1, 4)))]
+            new = iter(work.join([each for group in some for each in group], [None] * sum(map(len, some))))
+            pending += [[next(new) for _ in group] for group in some]
+        work.turn()
+    return pending
 
 
 def finish(work: Work, most: int = 10_000) -> int:

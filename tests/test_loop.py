@@ -12,7 +12,7 @@ from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
 import numpy as np
 import pytest
 import transformers
-from conftest import finish, run_export
+from conftest import finish, joined, run_export
 from oracle import rounded
 from traceserve.building import attempt
 from traceserve.building.gate.texts import SENTENCES, VERY_LONG
@@ -78,18 +78,13 @@ def requests_for(seed: int, count: int) -> List[Request]:
     return [Request({"text": chosen.choice(TEXTS)}, {**limits, **chosen.choice(KINDS)}) for _ in range(count)]
 
 
-def joined(
+def joined_alone(
     engine: Engine, requests: Sequence[Request], seed: int, seconds: float = math.inf
 ) -> Tuple[List[Pending], Stats]:
-    """Answer requests that join at random turns, a few at a time."""
-    chosen, stats = random.Random(seed), Stats()
-    work, waiting, pending = Work(engine, stats, seconds), list(requests), []
-    while waiting or work.busy:
-        if waiting and chosen.random() < 0.4:
-            some = [waiting.pop(0) for _ in range(min(len(waiting), chosen.randint(1, 4)))]
-            pending += work.join(some, [None] * len(some))
-        work.turn()
-    return pending, stats
+    """Answer requests that join at random turns, each in a group of its own."""
+    stats = Stats()
+    groups = joined(Work(engine, stats, seconds), [[request] for request in requests], random.Random(seed))
+    return [pending for [pending] in groups], stats
 
 
 def value_of(result: Any) -> Any:
@@ -107,7 +102,7 @@ def test_each_is_answered_as_alone_whatever_joins_when(architecture: str, save_m
     order = list(range(len(requests)))
     for seed, seconds in enumerate((math.inf, math.inf, 0.0, 0.0, 0.003)):
         random.Random(seed).shuffle(order)
-        pending, stats = joined(engine, [requests[i] for i in order], seed, seconds)
+        pending, stats = joined_alone(engine, [requests[i] for i in order], seed, seconds)
         assert all(each.done for each in pending) and stats.requests == len(requests)
         assert [value_of(each.answer()) for each in pending] == [rounded(alone[i], 1e-4) for i in order]
 
@@ -272,7 +267,7 @@ def test_a_failed_step_changes_no_answer(architecture: str, engine_of: Make) -> 
 
     failing: Any = Failing(engine.runner)
     other = Engine(engine.folder, engine.manifest, engine.task, failing)
-    pending, _ = joined(other, [*requests[:5], Request({"text": "zzzz"}, {"num_beams": 1}), *requests[5:]], 1)
+    pending, _ = joined_alone(other, [*requests[:5], Request({"text": "zzzz"}, {"num_beams": 1}), *requests[5:]], 1)
     results = [each.answer() for each in pending]
     refused = results.pop(5)
     assert failed and [value_of(each) for each in results] == [rounded(value, 1e-4) for value in alone]

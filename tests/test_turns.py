@@ -14,14 +14,14 @@ from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple, cast
 
 import numpy as np
 import pytest
-from conftest import Called, finish, run_export
+from conftest import Called, finish, joined, run_export
 from oracle import rounded
 from traceserve.building.gate.texts import SENTENCES, VERY_LONG
 from traceserve_runtime import rounds, service
 from traceserve_runtime.batching.batches import Stats
 from traceserve_runtime.engine import Engine, Work
 from traceserve_runtime.errors import InvalidRequest, TraceserveError
-from traceserve_runtime.pending import Pending, Unrun
+from traceserve_runtime.pending import Unrun
 from traceserve_runtime.protocols.bodies import Headers
 from traceserve_runtime.rounds import Rounds
 from traceserve_runtime.runner import Arrays
@@ -98,18 +98,10 @@ def test_each_is_answered_as_alone_whatever_joins_when(task: str, engine_of: Mak
     for seed, seconds in enumerate((0.0, 0.002, 0.02, math.inf)):
         arrivals = list(range(len(sent)))
         random.Random(seed).shuffle(arrivals)
-        found: Dict[int, List[Pending]] = {}
-        work, waiting = Work(engine, Stats(), seconds), list(arrivals)
-        while waiting or work.busy:
-            if waiting and chosen.random() < 0.5:
-                some = [waiting.pop(0) for _ in range(min(len(waiting), chosen.randint(1, 4)))]
-                pending = iter(
-                    work.join([each for i in some for each in sent[i]], [None] * sum(len(sent[i]) for i in some))
-                )
-                found.update({i: [next(pending) for _ in sent[i]] for i in some})
-            work.turn()
-        for i, expected in enumerate(alone):
-            assert [value_of(each.answer()) for each in found[i]] == [rounded(each, 1e-5) for each in expected]
+        found = joined(Work(engine, Stats(), seconds), [sent[i] for i in arrivals], chosen)
+        for i, pending in zip(arrivals, found):
+            assert [value_of(each.answer()) for each in pending] == [rounded(each, 1e-5) for each in alone[i]]
+        assert len(found) == len(alone)
 
 
 def texts(count: int, group: int, text: str = "Yes.") -> List[Request]:
