@@ -34,7 +34,7 @@ from traceserve_runtime.explaining.pacing import Pacing
 from traceserve_runtime.explaining.words import Word, words_of
 from traceserve_runtime.manifest import Manifest
 from traceserve_runtime.protocols.bodies import Headers
-from traceserve_runtime.runtimes.torchscript.gradients import GRADIENTS_FILE, PLACES_FILE, read_gradients
+from traceserve_runtime.runtimes.torchscript.gradients import GRADIENTS_FILE, POSITIONS_FILE, read_gradients
 from traceserve_runtime.service import Call, Service
 from traceserve_runtime.tasks import TASKS
 from traceserve_runtime.tasks.contract import Request
@@ -287,8 +287,8 @@ def test_the_graphs_have_no_weights_of_their_own(make: Callable[..., Made]) -> N
     folder = make("classification").folder
     # By the tensors, and not by the file: names in a graph grow with what the process traced before.
     model, small = (tensors_of(folder / file) for file in ("traced_model.pt", GRADIENTS_FILE))
-    places = json.loads((folder / PLACES_FILE).read_text())
-    assert small < 1_000 < 100_000 < model and any("word_embeddings" in name for name in places)
+    positions = json.loads((folder / POSITIONS_FILE).read_text())
+    assert small < 1_000 < 100_000 < model and any("word_embeddings" in name for name in positions)
     engine = Engine.load(folder)
     assert engine._explainer is None  # loaded when it is first asked for
     explain(engine, TEXT)
@@ -298,15 +298,18 @@ def test_the_graphs_have_no_weights_of_their_own(make: Callable[..., Made]) -> N
 @pytest.mark.parametrize(
     ("damage", "words"),
     [
-        (lambda places: {}, "gradients.json does not tell where"),
-        (lambda places: {name: [1 << 40, *rest] for name, (_, *rest) in places.items()}, "gradients.json does not fit"),
+        (lambda positions: {}, "gradients.json does not tell where"),
+        (
+            lambda positions: {name: [1 << 40, *rest] for name, (_, *rest) in positions.items()},
+            "gradients.json does not fit",
+        ),
     ],
 )
 def test_a_damaged_table_of_the_graphs_is_named(
     damage: Callable[[Any], Any], words: str, make: Callable[..., Made], tmp_path: Path
 ) -> None:
     folder = shutil.copytree(make("classification").folder, tmp_path / "copied")
-    file = folder / PLACES_FILE
+    file = folder / POSITIONS_FILE
     file.write_text(json.dumps(damage(json.loads(file.read_text()))))
     with pytest.raises(InvalidManifest, match=words):
         read_gradients(
@@ -341,7 +344,7 @@ def test_graphs_that_give_other_outputs_are_refused(
         tmp_path / "x", {"model_name": str(checkpoint("bert", **LABELS)), "max_length": 32}, gradients=True
     )
     assert "gives other outputs: logits" in exported.manifest.runtime[NO_GRADIENTS]
-    assert not (tmp_path / "x" / GRADIENTS_FILE).exists() and not (tmp_path / "x" / PLACES_FILE).exists()
+    assert not (tmp_path / "x" / GRADIENTS_FILE).exists() and not (tmp_path / "x" / POSITIONS_FILE).exists()
     assert gate.differs(other) is None
 
 

@@ -24,7 +24,7 @@ from traceserve_runtime.manifest import Manifest, Shapes, sha256
 from traceserve_runtime.runner import Padding
 from traceserve_runtime.runtimes import torch_internals
 from traceserve_runtime.runtimes.torchscript import devices, packing, reader
-from traceserve_runtime.runtimes.torchscript.weights import GRAPH_FILE, WEIGHTS_FILE, assign, read_places
+from traceserve_runtime.runtimes.torchscript.weights import GRAPH_FILE, WEIGHTS_FILE, assign, read_positions
 from traceserve_runtime.settings import Settings
 from traceserve_runtime.tasks import TASKS
 from traceserve_runtime.tasks.contract import Answer, Request
@@ -68,15 +68,15 @@ def made(checkpoint: Callable[..., Path], tmp_path_factory: pytest.TempPathFacto
 models_class = "AutoModelForSequenceClassification"
 
 
-def plain(folder: Path, place: Path) -> Path:
+def plain(folder: Path, target: Path) -> Path:
     """A copy of the artifact without the separate graph."""
-    shutil.copytree(folder, place)
+    shutil.copytree(folder, target)
     manifest = Manifest.read(folder)
     for name in (GRAPH_FILE, WEIGHTS_FILE):
-        (place / name).unlink()
+        (target / name).unlink()
     files = {name: digest for name, digest in manifest.files.items() if name not in (GRAPH_FILE, WEIGHTS_FILE)}
-    dataclasses.replace(manifest, files=files).write(place)
-    return place
+    dataclasses.replace(manifest, files=files).write(target)
+    return target
 
 
 def outputs(engine: Engine) -> List[np.ndarray]:
@@ -133,18 +133,18 @@ def state_of(path: Path) -> Dict[str, torch.Tensor]:
 @pytest.mark.parametrize("architecture", ALL)
 def test_the_table_holds_every_parameter(made: Callable[[str], Path], architecture: str) -> None:
     folder = made(architecture)
-    places, whole, graph = read_places(folder), state_of(folder / MODEL_FILE), state_of(folder / GRAPH_FILE)
-    assert set(graph) == set(whole) >= set(places)
+    positions, whole, graph = read_positions(folder), state_of(folder / MODEL_FILE), state_of(folder / GRAPH_FILE)
+    assert set(graph) == set(whole) >= set(positions)
     module: Any = torch.jit.load(folder / MODEL_FILE)  # type: ignore[no-untyped-call]
-    assert {name for name, _ in module.named_parameters()} <= set(places)
+    assert {name for name, _ in module.named_parameters()} <= set(positions)
     content = (folder / MODEL_FILE).read_bytes()
-    for name, place in places.items():
-        assert place.shape == tuple(whole[name].shape) and f"torch.{place.dtype}" == str(whole[name].dtype)
+    for name, position in positions.items():
+        assert position.shape == tuple(whole[name].shape) and f"torch.{position.dtype}" == str(whole[name].dtype)
         values = whole[name].detach().contiguous().numpy().tobytes()
-        assert content[place.offset : place.offset + len(values)] == values, name
-        assert place.offset % whole[name].element_size() == 0
+        assert content[position.offset : position.offset + len(values)] == values, name
+        assert position.offset % whole[name].element_size() == 0
         assert graph[name].numel() == 0 and graph[name].dtype == whole[name].dtype
-    for name in set(whole) - set(places):
+    for name in set(whole) - set(positions):
         assert torch.equal(graph[name], whole[name])
     manifest = Manifest.read(folder)
     assert {GRAPH_FILE, WEIGHTS_FILE} <= set(manifest.files)
@@ -152,16 +152,16 @@ def test_the_table_holds_every_parameter(made: Callable[[str], Path], architectu
 
 def test_graphs_share_their_places(made: Callable[[str], Path]) -> None:
     """Both graphs of a loop, and all of a graph per shape: one copy of the weights, whatever reads them."""
-    places = read_places(made("gpt2-loop"))
-    embedded = {place.offset for name, place in places.items() if name.endswith("wte.weight")}
+    positions = read_positions(made("gpt2-loop"))
+    embedded = {position.offset for name, position in positions.items() if name.endswith("wte.weight")}
     assert len(embedded) == 1
     graphs = Manifest.read(made("longformer")).shapes
     assert graphs.graph_per_shape
-    places = read_places(made("longformer"))
+    positions = read_positions(made("longformer"))
     by_graph: Dict[str, Dict[str, int]] = {}
-    for name, place in places.items():
+    for name, position in positions.items():
         graph, _, rest = name.partition(".")
-        by_graph.setdefault(graph, {})[rest] = place.offset
+        by_graph.setdefault(graph, {})[rest] = position.offset
     assert len(by_graph) >= 2 and len({json.dumps(offsets, sort_keys=True) for offsets in by_graph.values()}) == 1
 
 
@@ -268,8 +268,8 @@ def test_a_weight_without_values(tmp_path: Path) -> None:
     transformers.MobileBertForMaskedLM(config).save_pretrained(tmp_path / "model")
     tokenizer.save_pretrained(tmp_path / "model")
     run_export(tmp_path / "x", {"model_name": str(tmp_path / "model"), "task": "fill_mask", "max_length": 24})
-    empty = [place for place in read_places(tmp_path / "x").values() if not math.prod(place.shape)]
-    assert empty and all(len(place.shape) == 2 for place in empty)
+    empty = [position for position in read_positions(tmp_path / "x").values() if not math.prod(position.shape)]
+    assert empty and all(len(position.shape) == 2 for position in empty)
     engine = Engine.load(tmp_path / "x", settings=SHARED)
     assert all(np.isfinite(array).all() and np.ptp(array) > 0 for array in outputs(engine))
 
@@ -634,10 +634,10 @@ def table(folder: Path) -> Dict[str, Any]:
 
 
 def test_a_weight_without_a_place_is_named(copied: Path) -> None:
-    places = table(copied)
-    name = next(name for name in places if name.endswith("classifier.weight"))
-    del places[name]
-    (copied / WEIGHTS_FILE).write_text(json.dumps(places))
+    positions = table(copied)
+    name = next(name for name in positions if name.endswith("classifier.weight"))
+    del positions[name]
+    (copied / WEIGHTS_FILE).write_text(json.dumps(positions))
     with pytest.raises(InvalidManifest, match=f"{WEIGHTS_FILE} does not tell where {name} stands"):
         Engine.load(settle(copied))
 
@@ -648,7 +648,7 @@ def test_a_place_without_a_weight_is_passed_over(copied: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "place",
+    "position",
     [
         [10**9, "float32", [3, 4]],
         [-64, "float32", [3, 4]],
@@ -659,10 +659,10 @@ def test_a_place_without_a_weight_is_passed_over(copied: Path) -> None:
     ],
     ids=str,
 )
-def test_a_place_that_does_not_fit_is_told(copied: Path, place: Any) -> None:
-    places = table(copied)
-    places[next(name for name in places if name.endswith("classifier.weight"))] = place
-    (copied / WEIGHTS_FILE).write_text(json.dumps(places))
+def test_a_position_that_does_not_fit_is_told(copied: Path, position: Any) -> None:
+    positions = table(copied)
+    positions[next(name for name in positions if name.endswith("classifier.weight"))] = position
+    (copied / WEIGHTS_FILE).write_text(json.dumps(positions))
     with pytest.raises(InvalidManifest, match=f"{WEIGHTS_FILE} does not fit {MODEL_FILE}"):
         Engine.load(settle(copied))
 
@@ -715,7 +715,7 @@ def test_a_table_that_is_not_there_is_told(copied: Path) -> None:
     with pytest.raises(InvalidManifest, match=f"{WEIGHTS_FILE}, which is missing"):
         Engine.load(copied)
     with pytest.raises(InvalidManifest, match=f"{WEIGHTS_FILE} cannot be read"):
-        read_places(copied)
+        read_positions(copied)
 
 
 def test_a_graph_that_is_no_torchscript_is_told(copied: Path) -> None:

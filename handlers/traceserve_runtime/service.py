@@ -90,15 +90,15 @@ class Service:
         return Session(self, stats, TURN_SECONDS)
 
     def _text_of(self, ids: Sequence[int]) -> str:
-        """Return the text of token ids; raises InvalidRequest with the first unknown one's place among them."""
+        """Return the text of token ids; raises InvalidRequest with the first unknown one's position among them."""
         tokenizer = self.engine.task.tokenizer
         unknown = {number for number in set(ids) if not tokenizer.has_token(number)}
-        place = next((i for i, number in enumerate(ids) if number in unknown), None)
-        if place is not None:
+        position = next((i for i, number in enumerate(ids) if number in unknown), None)
+        if position is not None:
             raise InvalidRequest(
                 "this model has no such token; send the text instead of another tokenizer's ids "
                 "(LangChain: check_embedding_ctx_length=False)",
-                f"[{place}]",
+                f"[{position}]",
             )
         return tokenizer.decode(ids, skip_special_tokens=True, raw=True)
 

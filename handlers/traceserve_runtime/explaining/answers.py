@@ -31,12 +31,12 @@ def explanation(
     texts: Dict[Tuple[str, int, int], str] = {}
     for part in parts:
         for word, amount in zip(part.words, part.attributions):
-            place = word.field, word.start, word.end
-            texts[place] = word.text
-            amounts[place] = amounts.get(place, 0.0) + float(amount)
+            span = word.field, word.start, word.end
+            texts[span] = word.text
+            amounts[span] = amounts.get(span, 0.0) + float(amount)
     words: List[JsonObject] = [
-        {"word": texts[place], "field": place[0], "start": place[1], "end": place[2], "attribution": amount}
-        for place, amount in amounts.items()
+        {"word": texts[span], "field": span[0], "start": span[1], "end": span[2], "attribution": amount}
+        for span, amount in amounts.items()
     ]
     value, baseline = sum(part.value for part in parts), sum(part.baseline for part in parts)
     every = [amount for part in parts for amount in (*part.attributions, part.rest)]

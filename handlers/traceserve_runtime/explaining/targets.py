@@ -11,15 +11,15 @@ from traceserve_runtime.runner import Arrays
 
 
 class OutputCell(NamedTuple):
-    """One number of a row's outputs: `place` in the output of this name, without the batch dimension."""
+    """One number of a row's outputs: its `position` in the output of this name, without the batch dimension."""
 
     output: str
-    place: Tuple[int, ...]
+    position: Tuple[int, ...]
 
     @property
     def everywhere(self) -> Tuple[Union[slice, int], ...]:
         """Its index in the outputs of a whole batch."""
-        return (slice(None), *self.place)
+        return (slice(None), *self.position)
 
 
 class Aim(NamedTuple):

@@ -163,7 +163,7 @@ def check_classifies(served: Served) -> None:
 
 
 @dataclass(frozen=True)
-class Places:
+class FieldPaths:
     """The paths of our fields and parameters in a foreign body, for errors."""
 
     fields: Mapping[str, str] = field(default_factory=dict)

@@ -243,8 +243,8 @@ class _Tokens:
         rest = rest or [(WrittenToken(0, 0.0, True), "")]
         # Clients leave out special tokens with their texts.
         shown = [i for i, (token, _) in enumerate(rest) if not token.special]
-        place = shown[-1] if shown else len(rest) - 1
-        rest[place] = rest[place][0], rest[place][1] + text
+        position = shown[-1] if shown else len(rest) - 1
+        rest[position] = rest[position][0], rest[position][1] + text
         said: JsonObject = {
             "finish_reason": details.get("finish_reason", "length"),
             "generated_tokens": details.get("generated_tokens", 0),

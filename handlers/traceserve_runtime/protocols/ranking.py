@@ -13,8 +13,8 @@ from traceserve_runtime.protocols.contract import Body, Refusal, Served
 from traceserve_runtime.protocols.fields import (
     IGNORED,
     READ,
+    FieldPaths,
     Key,
-    Places,
     boolean,
     check_classifies,
     check_values,
@@ -105,7 +105,7 @@ def _document(item: object, where: str) -> object:
 
 
 @dataclass(frozen=True)
-class _Ranks(Places):
+class _Ranks(FieldPaths):
     def reply(self, answers: Sequence[Answer], served: Served) -> Json:
         """Return Jina's format with Cohere's id."""
         results = [
@@ -151,7 +151,7 @@ class Score(OpenAiErrors):
 
 
 @dataclass(frozen=True)
-class _Scores(Places):
+class _Scores(FieldPaths):
     def reply(self, answers: Sequence[Answer], served: Served) -> Json:
         """Return the scores in order."""
         data = [
@@ -174,7 +174,7 @@ class Classify(OpenAiErrors):
 
 
 @dataclass(frozen=True)
-class _Classes(Places):
+class _Classes(FieldPaths):
     def reply(self, answers: Sequence[Answer], served: Served) -> Json:
         """Return each text's best label, and all scores in the model's order."""
         labels = served.manifest.labels

@@ -15,8 +15,8 @@ from traceserve_runtime.protocols.contract import Body, Document, Form, Refusal,
 from traceserve_runtime.protocols.fields import (
     IGNORED,
     READ,
+    FieldPaths,
     Key,
-    Places,
     boolean,
     check_classifies,
     check_reads_vectors,
@@ -99,7 +99,7 @@ class Embed(Errors):
 
 
 @dataclass(frozen=True)
-class _TeiVectors(Places):
+class _TeiVectors(FieldPaths):
     all_tokens: bool = False
 
     def reply(self, answers: Sequence[Answer], served: Served) -> Json:
@@ -150,7 +150,7 @@ def _text_or_pair(item: object, served: Served, where: str) -> Mapping[str, obje
 
 
 @dataclass(frozen=True)
-class _Labels(Places):
+class _Labels(FieldPaths):
     is_list: bool = False
 
     def field_path(self, index: int, where: str, name: Optional[str]) -> Optional[str]:
@@ -199,7 +199,7 @@ def ranking(
 
 
 @dataclass(frozen=True)
-class _TeiRanks(Places):
+class _TeiRanks(FieldPaths):
     def reply(self, answers: Sequence[Answer], served: Served) -> Json:
         """Return the ranks as the task returns them."""
         return answers[0].value
@@ -241,7 +241,7 @@ def similarity(inputs: object, asked: Mapping[str, object], served: Served, grou
 
 
 @dataclass(frozen=True)
-class _Cosines(Places):
+class _Cosines(FieldPaths):
     def reply(self, answers: Sequence[Answer], served: Served) -> Json:
         """Return one number per sentence except the source."""
         source, *others = [np.array(answer.value) for answer in answers]

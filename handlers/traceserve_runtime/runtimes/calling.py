@@ -105,9 +105,9 @@ def _by_last_token(
     backbone = getattr(model, name)
     hidden = backbone(**columns, **fixed, return_dict=True).last_hidden_state
     mask = columns["attention_mask"]
-    places = torch.arange(mask.shape[1], device=mask.device)
+    positions = torch.arange(mask.shape[1], device=mask.device)
     rows = torch.arange(mask.shape[0], device=mask.device)
-    hidden = hidden[rows, (mask * places).argmax(dim=1)]
+    hidden = hidden[rows, (mask * positions).argmax(dim=1)]
     for own, layer in model.named_children():
         if own != name:
             hidden = layer(hidden)
@@ -133,8 +133,8 @@ def _by_last_end_token(
     else:
         backbone, given = model.get_submodule("model"), {}
     hidden = backbone(**columns, **given, use_cache=False, return_dict=True).last_hidden_state
-    places = torch.arange(ids.shape[1], device=ids.device)
-    last = (ids.eq(model.config.eos_token_id) * places).argmax(dim=1)
+    positions = torch.arange(ids.shape[1], device=ids.device)
+    last = (ids.eq(model.config.eos_token_id) * positions).argmax(dim=1)
     rows = torch.arange(ids.shape[0], device=ids.device)
     return {"logits": model.get_submodule("classification_head")(hidden[rows, last])}
 

@@ -412,7 +412,7 @@ def without_prefix(
     """Correct `encoded` for a field to which the task prepended `length` characters that the client did not send."""
     if not length or isinstance(encoded, TraceserveError) or field not in encoded.unseen:
         return encoded
-    start, end = (max(0, place - length) for place in encoded.unseen[field])
+    start, end = (max(0, position - length) for position in encoded.unseen[field])
     others = {name: span for name, span in encoded.unseen.items() if name != field}
     return Encoded(encoded.rows, {**others, field: (start, end)} if end > start else others)
 

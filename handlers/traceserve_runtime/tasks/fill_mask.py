@@ -144,8 +144,8 @@ class FillMask(Task):
             scores = softmax(logits)
             # By logits: many unlikely tokens have a score of 0.
             best = candidates[largest(logits[candidates], top_k)]
-            place = int(np.count_nonzero(ids[:mask] != padding))
-            filled = texts.at(place, [None if token == padding else token for token in best.tolist()])
+            unpadded = int(np.count_nonzero(ids[:mask] != padding))  # the mask's position without padding
+            filled = texts.at(unpadded, [None if token == padding else token for token in best.tolist()])
             answers.append(self._ranked(best, scores[best], filled))
         return answers[0] if single else answers
 

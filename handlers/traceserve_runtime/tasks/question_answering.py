@@ -165,17 +165,17 @@ class QuestionAnswering(Task):
             start, end = int(number(best["start"])), int(number(best["end"]))
         name: JsonObject = {"answer": context[start:end], "start": start, "end": end}
         if start == end:  # no answer: the first token stands for it
-            places = [(i, 0, 0) for i in range(len(rows))]
+            spans = [(i, 0, 0) for i in range(len(rows))]
         else:
             found = [(i, self._tokens_at(row, start, end)) for i, row in enumerate(rows)]
             most = max(len(tokens) for _, tokens in found)
-            places = [(i, tokens[0], tokens[-1]) for i, tokens in found if tokens and len(tokens) == most]
-        if not places:
+            spans = [(i, tokens[0], tokens[-1]) for i, tokens in found if tokens and len(tokens) == most]
+        if not spans:
             raise InvalidRequest(
                 f"no window of the context has the characters {start:,} to {end:,}", "parameters.start"
             )
         first, last = self.manifest.outputs
-        row, begin, stop = max(places, key=lambda p: float(outputs[p[0]][first][p[1]] + outputs[p[0]][last][p[2]]))
+        row, begin, stop = max(spans, key=lambda p: float(outputs[p[0]][first][p[1]] + outputs[p[0]][last][p[2]]))
         cells = (OutputCell(first, (begin,)), OutputCell(last, (stop,)))
         return ExplanationTarget(name, (Aim(row, cells),), "start logit + end logit")
 

@@ -134,7 +134,7 @@ class TokenClassification(Task):
         tokens, scores = self._tokens(text, rows, outputs)
         if not tokens:
             raise InvalidRequest("the text has no tokens to explain", "text")
-        places = [(window, position) for window, position, special in windows.merge_windows(rows) if not special]
+        positions = [(window, position) for window, position, special in windows.merge_windows(rows) if not special]
         label = request.parameters.get("label")
         given = None if label is None else label_index(label, self.manifest.labels)
         chosen = self._chosen(request, tokens, scores, given)
@@ -144,7 +144,7 @@ class TokenClassification(Task):
         best = int(own.argmax()) if given is None else given
         cells: Dict[int, List[OutputCell]] = {}
         for token in chosen:
-            window, position = places[token.row]
+            window, position = positions[token.row]
             cells.setdefault(window, []).append(OutputCell("logits", (position, best)))
         start, end = chosen[0].start, chosen[-1].end
         name: JsonObject = {

@@ -50,8 +50,8 @@ class Charsmap:
         if not units:
             return 0, ""
         node, found, string = _children(0, units[0]), 0, 0
-        for place in range(start, len(text)):
-            letter = text[place]
+        for position in range(start, len(text)):
+            letter = text[position]
             node ^= letter
             # A zero byte ends keys and is in none.
             if not letter or node >= len(units) or units[node] & 0x800000FF != letter:
@@ -59,7 +59,7 @@ class Charsmap:
             unit = units[node]
             node = _children(node, unit)
             if unit & 0x100:
-                found, string = place + 1 - start, units[node] & 0x7FFFFFFF
+                found, string = position + 1 - start, units[node] & 0x7FFFFFFF
         return found, self._strings[string : self._strings.index(b"\0", string)].decode("utf-8") if found else ""
 
 
@@ -122,17 +122,17 @@ class Normalizer:
     def _replaced(self, text: str) -> Iterator[Tuple[str, int, int]]:
         """Yield replaced parts of the text with their offsets: from the left, the longest with a rule."""
         content = text.encode("utf-8")
-        place = start = 0
-        while place < len(content):
-            own = next((piece for piece in self._own if content.startswith(piece, place)), None)
-            size, by = (len(own), own.decode("utf-8")) if own is not None else self._charsmap.longest(content, place)
+        position = start = 0
+        while position < len(content):
+            own = next((piece for piece in self._own if content.startswith(piece, position)), None)
+            size, by = (len(own), own.decode("utf-8")) if own is not None else self._charsmap.longest(content, position)
             if size:
-                end = start + len(content[place : place + size].decode("utf-8"))
+                end = start + len(content[position : position + size].decode("utf-8"))
             else:
                 by, end = text[start], start + 1
                 size = len(by.encode("utf-8"))
             yield by, start, end
-            place, start = place + size, end
+            position, start = position + size, end
 
 
 # From a normalized text to its pieces, in order, each with whether the model knows it.
@@ -305,15 +305,15 @@ class PieceTokenizer:
             if start < end:
                 found.append(TextPiece(normalized[start:end], offset + spans[start][0], offset + spans[end - 1][1]))
 
-        place = unknown = 0  # unknown neighbours, which form one piece, begin at `unknown`
+        position = unknown = 0  # unknown neighbours, which form one piece, begin at `unknown`
         for piece, known in self._segment(normalized):
-            end = place + len(piece)
+            end = position + len(piece)
             if known:
-                add(unknown, place)
-                add(place, end)
+                add(unknown, position)
+                add(position, end)
                 unknown = end
-            place = end
-        add(unknown, place)
+            position = end
+        add(unknown, position)
         return found
 
     def _encoding(self, pieces: Sequence[TextPiece]) -> Encoding:

@@ -352,12 +352,12 @@ def _check_known(rows: Sequence[Row], segments: Segments, embeddings: int) -> No
     for row in rows:
         if max(row.encoding.ids) < embeddings:
             continue
-        place = next(i for i, token_id in enumerate(row.encoding.ids) if token_id >= embeddings)
-        start, end = row.encoding.offsets[place]
+        position = next(i for i, token_id in enumerate(row.encoding.ids) if token_id >= embeddings)
+        start, end = row.encoding.offsets[position]
         raise InvalidRequest(
-            f"token {place + 1} of the text (characters {start:,} to {end:,}) was added to the tokenizer, but not to the "
-            f"model: its number is {row.encoding.ids[place]:,}, and the model knows those below {embeddings:,}; leave it out",
-            segments.fields[place not in row.positions()],
+            f"token {position + 1} of the text (characters {start:,} to {end:,}) was added to the tokenizer, but not to the "
+            f"model: its number is {row.encoding.ids[position]:,}, and the model knows those below {embeddings:,}; leave it out",
+            segments.fields[position not in row.positions()],
         )
 
 

@@ -234,8 +234,8 @@ def _labels(one: Manifest, other: Manifest) -> Iterator[FieldChange]:
     if gone or new:
         yield FieldChange("only in one", ", ".join(gone), ", ".join(new))
     elif one.labels != other.labels:
-        places = [(i, a, b) for i, (a, b) in enumerate(zip(one.labels, other.labels)) if a != b]
-        yield FieldChange(f"order, from position {places[0][0]}", places[0][1], places[0][2])
+        moved = [(i, a, b) for i, (a, b) in enumerate(zip(one.labels, other.labels)) if a != b]
+        yield FieldChange(f"order, from position {moved[0][0]}", moved[0][1], moved[0][2])
 
 
 def _tokenizers(folders: Sequence[Path], manifests: Sequence[Manifest]) -> Iterator[FieldChange]:

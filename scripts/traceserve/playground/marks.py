@@ -60,7 +60,7 @@ def unread(text: str, span: Tuple[int, int]) -> str:
 
 
 def changed_words(text: str, other: str) -> str:
-    """The text with the words marked that the other one has not at this place."""
+    """The text with the words marked that the other one has not at this position."""
     one, two = _words(text), _words(other)
     parts = []
     matcher = difflib.SequenceMatcher(None, one, two, autojunk=False)

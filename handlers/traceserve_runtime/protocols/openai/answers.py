@@ -9,7 +9,7 @@ from traceserve_runtime.errors import TraceserveError
 from traceserve_runtime.json_types import Json, JsonObject
 from traceserve_runtime.protocols.contract import Served
 from traceserve_runtime.protocols.events import CONTENT_TYPE, DONE, Stops, cut_at_stop, event
-from traceserve_runtime.protocols.fields import Places
+from traceserve_runtime.protocols.fields import FieldPaths
 from traceserve_runtime.protocols.openai.shared import error_document, head, usage
 from traceserve_runtime.tasks.contract import Answer, Details, WrittenToken
 
@@ -39,7 +39,7 @@ def _tokens(answers: Sequence[Answer]) -> int:
 
 
 @dataclass(frozen=True)
-class WrittenTexts(Places):
+class WrittenTexts(FieldPaths):
     choices: Choices = Choices(1, (), None)
     echoed: Sequence[str] = ()
 
@@ -100,10 +100,10 @@ def _written_tokens(answer: Answer) -> Tuple[Sequence[Details], Optional[Sequenc
 def completion_logprobs(answer: Answer) -> JsonObject:
     """Return per-token log-probabilities in completions' format."""
     tokens, tops = _written_tokens(answer)
-    offsets, place = [], 0
+    offsets, position = [], 0
     for token in tokens:
-        offsets.append(place)
-        place += len(token["text"])
+        offsets.append(position)
+        position += len(token["text"])
     return {
         "tokens": [token["text"] for token in tokens],
         "token_logprobs": [token["logprob"] for token in tokens],

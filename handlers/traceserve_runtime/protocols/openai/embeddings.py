@@ -15,8 +15,8 @@ from traceserve_runtime.protocols.contract import Body, Document, Served
 from traceserve_runtime.protocols.fields import (
     IGNORED,
     READ,
+    FieldPaths,
     Key,
-    Places,
     check_reads_vectors,
     check_served,
     check_values,
@@ -81,7 +81,7 @@ class Embeddings(OpenAiErrors):
 
 
 @dataclass(frozen=True)
-class _Vectors(Places):
+class _Vectors(FieldPaths):
     encode: bool = False
 
     def reply(self, answers: Sequence[Answer], served: Served) -> Json:

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 Result = TypeVar("Result")
 
 GRADIENTS_FILE = "gradients.pt"
-PLACES_FILE = "gradients.json"
+POSITIONS_FILE = "gradients.json"
 
 
 class GradientGraphs:
@@ -89,7 +89,7 @@ def read_gradients(manifest: Manifest, folder: Path, device: str, runner: Runner
     """Return the graphs of `folder` on `device`, where the model's own, the runner's, was read before; raises
     InvalidManifest."""
     module: Any = graph.read_module(folder / GRADIENTS_FILE, "cpu")
-    weights.assign(module, folder / manifest.model_file, weights.read_places(folder, PLACES_FILE), PLACES_FILE)
+    weights.assign(module, folder / manifest.model_file, weights.read_positions(folder, POSITIONS_FILE), POSITIONS_FILE)
     for parameter in module.parameters():
         parameter.requires_grad_(False)  # only the embeddings' gradients are wanted
     if device != "cpu":

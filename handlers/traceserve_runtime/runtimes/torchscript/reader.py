@@ -219,7 +219,7 @@ def _read(
     if reading.wide_attention:
         attention.widen(module)
     if reading.mapped:
-        pages = weights.assign(module, folder / manifest.model_file, weights.read_places(folder))
+        pages = weights.assign(module, folder / manifest.model_file, weights.read_positions(folder))
         if reading.packed and packing.pack(module):
             weights.give_back(pages)
     unpadded = reading.mapped and manifest.runtime.get(UNPADDED)

@@ -24,7 +24,7 @@ GRAPH_FILE = "graph.pt"
 WEIGHTS_FILE = "weights.json"
 
 
-class Place(NamedTuple):
+class WeightPosition(NamedTuple):
     """A weight's position: its first byte, dtype and shape."""
 
     offset: int
@@ -32,22 +32,27 @@ class Place(NamedTuple):
     shape: Tuple[int, ...]
 
 
-def read_places(folder: Path, file: str = WEIGHTS_FILE) -> Dict[str, Place]:
+def read_positions(folder: Path, file: str = WEIGHTS_FILE) -> Dict[str, WeightPosition]:
     """Return the positions of `folder`'s weights by name; raises InvalidManifest."""
     try:
         content = json.loads((folder / file).read_text(encoding="utf-8"))
-        return {name: Place(int(o), str(dtype), tuple(map(int, shape))) for name, (o, dtype, shape) in content.items()}
+        return {
+            name: WeightPosition(int(o), str(dtype), tuple(map(int, shape)))
+            for name, (o, dtype, shape) in content.items()
+        }
     except (OSError, ValueError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         raise InvalidManifest(f"{file} cannot be read: {error}") from error
 
 
-def write_places(folder: Path, places: Dict[str, Place], file: str = WEIGHTS_FILE) -> None:
+def write_positions(folder: Path, positions: Dict[str, WeightPosition], file: str = WEIGHTS_FILE) -> None:
     """Write `folder/weights.json`; equal positions give equal bytes."""
-    text = json.dumps(places, separators=(",", ":"), sort_keys=True) + "\n"
+    text = json.dumps(positions, separators=(",", ":"), sort_keys=True) + "\n"
     (folder / file).write_text(text, encoding="utf-8")
 
 
-def assign(module: Traced, file: Path, places: Dict[str, Place], table_file: str = WEIGHTS_FILE) -> mmap.mmap:
+def assign(
+    module: Traced, file: Path, positions: Dict[str, WeightPosition], table_file: str = WEIGHTS_FILE
+) -> mmap.mmap:
     """Give a loaded graph its weights, mapped from `file`; raises InvalidManifest for one without a position.
 
     `table_file` is where the positions were read from.
@@ -59,9 +64,9 @@ def assign(module: Traced, file: Path, places: Dict[str, Place], table_file: str
     except (OSError, ValueError) as error:
         raise InvalidManifest(f"{file.name} cannot be mapped: {error}") from error
     for name, tensor in module.state_dict(keep_vars=True).items():
-        if name in places:
+        if name in positions:
             try:
-                tensor.data = _tensor(mapped, places[name])
+                tensor.data = _tensor(mapped, positions[name])
             except (RuntimeError, ValueError, AttributeError, TypeError) as error:
                 raise InvalidManifest(f"{table_file} does not fit {file.name} at {name}: {error}") from error
         elif not tensor.numel():
@@ -75,10 +80,10 @@ def give_back(mapped: mmap.mmap) -> None:
         mapped.madvise(mmap.MADV_DONTNEED)
 
 
-def _tensor(mapped: mmap.mmap, place: Place) -> torch.Tensor:
+def _tensor(mapped: mmap.mmap, position: WeightPosition) -> torch.Tensor:
     import torch
 
-    count, dtype = math.prod(place.shape), getattr(torch, place.dtype)
-    if not count and not place.offset:  # as a weight without values is written; `torch.frombuffer` refuses it
-        return torch.empty(place.shape, dtype=dtype)
-    return torch.frombuffer(mapped, dtype=dtype, count=count, offset=place.offset).view(place.shape)
+    count, dtype = math.prod(position.shape), getattr(torch, position.dtype)
+    if not count and not position.offset:  # as a weight without values is written; `torch.frombuffer` refuses it
+        return torch.empty(position.shape, dtype=dtype)
+    return torch.frombuffer(mapped, dtype=dtype, count=count, offset=position.offset).view(position.shape)

@@ -29,12 +29,12 @@ def copy_model(model: onnx.ModelProto) -> onnx.ModelProto:
 def write_models(models: Mapping[str, onnx.ModelProto], folder: Path, weights_file: str) -> Tuple[str, ...]:
     """Write each ONNX model into the file of its name, without weights; returns all files' names. Modifies the
     models."""
-    places: Dict[bytes, int] = {}
+    offsets: Dict[bytes, int] = {}
     with (folder / weights_file).open("wb") as stream:
         for file, model in models.items():
             for tensor in _tensors(model.graph):
                 if len(tensor.raw_data) >= SMALLEST:
-                    _move(tensor, stream, places, weights_file)
+                    _move(tensor, stream, offsets, weights_file)
             for node in model.graph.node:
                 node.ClearField("doc_string")  # source locations
             (folder / file).write_bytes(model.SerializeToString(deterministic=True))
@@ -50,14 +50,14 @@ def _tensors(graph: onnx.GraphProto) -> Iterator[onnx.TensorProto]:
                 yield from _tensors(inner)
 
 
-def _move(tensor: onnx.TensorProto, stream: BinaryIO, places: Dict[bytes, int], weights_file: str) -> None:
+def _move(tensor: onnx.TensorProto, stream: BinaryIO, offsets: Dict[bytes, int], weights_file: str) -> None:
     from onnx import external_data_helper
 
     data = tensor.raw_data
     digest = hashlib.sha256(data).digest()
-    if digest not in places:
+    if digest not in offsets:
         stream.write(b"\0" * (-stream.tell() % _ALIGNMENT))
-        places[digest] = stream.tell()
+        offsets[digest] = stream.tell()
         stream.write(data)
-    external_data_helper.set_external_data(tensor, weights_file, places[digest], len(data))
+    external_data_helper.set_external_data(tensor, weights_file, offsets[digest], len(data))
     tensor.ClearField("raw_data")

@@ -10,18 +10,18 @@ from xml.etree import ElementTree
 WEIGHTS_FILE = "model.bin"  # OpenVINO looks for it beside model.xml, under the same name
 _ALIGNMENT = 64
 
-Places = Dict[Tuple[int, bytes], int]  # from a constant's size and digest to its offset
+Offsets = Dict[Tuple[int, bytes], int]  # from a constant's size and digest to its offset
 
 
 def save_models(openvino: Any, models: Mapping[str, Any], folder: Path, halved: bool) -> Tuple[str, ...]:
     """Write each OpenVINO model into the file of its name, the first as `model.xml`; returns all files' names."""
     first, *others = models
     openvino.save_model(models[first], str(folder / first), compress_to_fp16=halved)
-    places: Places = {}
+    offsets: Offsets = {}
     with (folder / WEIGHTS_FILE).open("r+b") as whole:
         if others:
             for constant in _constants(ElementTree.parse(folder / first)):
-                places.setdefault(*_placed(constant, whole))
+                offsets.setdefault(*_placed(constant, whole))
         for file in others:
             openvino.save_model(models[file], str(folder / file), compress_to_fp16=halved)
             own = (folder / file).with_suffix(".bin")
@@ -29,9 +29,9 @@ def save_models(openvino: Any, models: Mapping[str, Any], folder: Path, halved: 
             with own.open("rb") as weights:
                 for constant in _constants(graph):
                     key, offset = _placed(constant, weights)
-                    if key not in places:
-                        places[key] = _append(_read(weights, offset, key[0]), whole)
-                    constant.set("offset", str(places[key]))
+                    if key not in offsets:
+                        offsets[key] = _append(_read(weights, offset, key[0]), whole)
+                    constant.set("offset", str(offsets[key]))
             own.unlink()
             graph.write(folder / file, encoding="utf-8", xml_declaration=True)
     return (*models, WEIGHTS_FILE)

@@ -37,7 +37,7 @@ class Dims:
         return not (self.batch or self.length or self.others)
 
     @property
-    def places(self) -> Optional[int]:
+    def positions(self) -> Optional[int]:
         """The axis of the rows' positions, if there is one."""
         return self.length[0] if len(self.length) == 1 and not self.others else None
 

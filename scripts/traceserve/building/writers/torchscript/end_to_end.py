@@ -19,7 +19,7 @@ class Layout(NamedTuple):
     batch: Value
     length: Value
     tokens: Value
-    places: Value
+    positions: Value
     firsts: Value
 
 
@@ -36,10 +36,10 @@ def layout(mask: torch.Tensor, step: int) -> Tuple[bool, int, int, torch.Tensor,
     padded = count + more < flat.size(0)
     if padded:
         tokens = torch.cat([tokens, tokens.new_zeros([more])])
-        places = (torch.cumsum(flat, 0) - 1).clamp_min(0)
+        positions = (torch.cumsum(flat, 0) - 1).clamp_min(0)
     else:
-        places = torch.arange(flat.size(0), device=mask.device)
-    return padded, batch, length, tokens, places, places.view(batch, length).select(1, 0)
+        positions = torch.arange(flat.size(0), device=mask.device)
+    return padded, batch, length, tokens, positions, positions.view(batch, length).select(1, 0)
 
 
 def unpad_rows(rows: torch.Tensor, padded: bool, tokens: torch.Tensor) -> torch.Tensor:
@@ -50,11 +50,11 @@ def unpad_rows(rows: torch.Tensor, padded: bool, tokens: torch.Tensor) -> torch.
     return flat.unsqueeze(0)
 
 
-def spread(packed: torch.Tensor, padded: bool, places: torch.Tensor, batch: int, length: int) -> torch.Tensor:
+def spread(packed: torch.Tensor, padded: bool, positions: torch.Tensor, batch: int, length: int) -> torch.Tensor:
     """(1, tokens, features) to (batch, length, features)."""
     flat = packed.flatten(0, 1)
     if padded:
-        flat = flat.index_select(0, places)
+        flat = flat.index_select(0, positions)
     return flat.view(batch, length, -1)
 
 

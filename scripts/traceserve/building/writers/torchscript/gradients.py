@@ -11,8 +11,8 @@ from traceserve_runtime.errors import reason
 from traceserve_runtime.manifest import Manifest
 from traceserve_runtime.runtimes.calling import Single
 from traceserve_runtime.runtimes.from_embeddings import FromEmbeddings, LookUp, NotDifferentiable, word_embeddings
-from traceserve_runtime.runtimes.torchscript.gradients import GRADIENTS_FILE, PLACES_FILE
-from traceserve_runtime.runtimes.torchscript.weights import Place, read_places, write_places
+from traceserve_runtime.runtimes.torchscript.gradients import GRADIENTS_FILE, POSITIONS_FILE
+from traceserve_runtime.runtimes.torchscript.weights import WeightPosition, read_positions, write_positions
 
 from traceserve.building.checkpoints.original import Original
 from traceserve.building.writers.contract import NoGradients, check_differentiable
@@ -52,28 +52,28 @@ def write_gradients(original: Original, manifest: Manifest, folder: Path) -> Tup
         raise NoGradients(str(error)) from error
     except (*TRACING_ERRORS, KeyError) as error:
         raise NoGradients(f"torch.jit.trace cannot trace it from its embeddings: {reason(error)}") from error
-    return (GRADIENTS_FILE, PLACES_FILE)
+    return (GRADIENTS_FILE, POSITIONS_FILE)
 
 
 def _write_without_weights(module: torch.nn.Module, folder: Path) -> None:
     """Write the graphs; each weight stays in the model's file, where the graph of the whole model has it by the same
     name."""
-    known = read_places(folder)
-    by_model = {name.partition("model.")[2]: place for name, place in known.items()}
+    known = read_positions(folder)
+    by_model = {name.partition("model.")[2]: position for name, position in known.items()}
     tensors = module.state_dict(keep_vars=True)
-    found: Dict[Tuple[int, Tuple[int, ...]], Place] = {}  # a tensor with several names has one position
+    found: Dict[Tuple[int, Tuple[int, ...]], WeightPosition] = {}  # a tensor with several names has one position
     for name, tensor in tensors.items():
-        place = by_model.get(name.partition("model.")[2])
-        if place is not None and place.shape == tuple(tensor.shape) and place.dtype == _dtype(tensor):
-            found[_identity(tensor)] = place
-    places = {name: found[_identity(tensor)] for name, tensor in tensors.items() if _identity(tensor) in found}
-    with _emptied(module, places):
+        position = by_model.get(name.partition("model.")[2])
+        if position is not None and position.shape == tuple(tensor.shape) and position.dtype == _dtype(tensor):
+            found[_identity(tensor)] = position
+    positions = {name: found[_identity(tensor)] for name, tensor in tensors.items() if _identity(tensor) in found}
+    with _emptied(module, positions):
         write_module(module, folder / GRADIENTS_FILE)
-    write_places(folder, places, PLACES_FILE)
+    write_positions(folder, positions, POSITIONS_FILE)
 
 
 @contextlib.contextmanager
-def _emptied(module: torch.nn.Module, names: Dict[str, Place]) -> Iterator[None]:
+def _emptied(module: torch.nn.Module, names: Dict[str, WeightPosition]) -> Iterator[None]:
     """Take these tensors' content away for a while: the original has it too."""
     tensors = {name: tensor for name, tensor in module.state_dict(keep_vars=True).items() if name in names}
     content = {name: tensor.data for name, tensor in tensors.items()}

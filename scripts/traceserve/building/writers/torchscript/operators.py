@@ -42,7 +42,7 @@ class Operators:
             return False
         changed = node.inputsAt(0).debugName(), packing.memory(node.inputsAt(0))
         dims = [self._known.get(name, axes.UNKNOWN) for name in changed]
-        return any(each.places is not None and each.count > 2 for each in dims)
+        return any(each.positions is not None and each.count > 2 for each in dims)
 
     def rows(self, node: Node) -> List[int]:
         """Return which inputs of a node are rows."""
@@ -77,7 +77,7 @@ class Operators:
         for node in reversed(nodes):
             for output in node.outputs():
                 uses = output.uses()
-                if uses and self.dims(output).places is not None and all(map(self._wants_first, uses)):
+                if uses and self.dims(output).positions is not None and all(map(self._wants_first, uses)):
                     self.wanted_first.add(output.debugName())
 
     def _wants_first(self, use: Use) -> bool:
@@ -95,9 +95,9 @@ class Operators:
         """Return whether a node takes the first position of its first input."""
         if node.kind() not in ("aten::select", "aten::slice"):
             return False
-        places = self.dims(node.inputsAt(0)).places
+        positions = self.dims(node.inputsAt(0)).positions
         axis, *numbers = [value.toIValue() for value in list(node.inputs())[1:]]
-        if places is None or axis is None or axis % self.dims(node.inputsAt(0)).count != places:
+        if positions is None or axis is None or axis % self.dims(node.inputsAt(0)).count != positions:
             return False
         return bool(numbers == ([0] if node.kind() == "aten::select" else [0, 1, 1]))
 
@@ -106,17 +106,17 @@ class Operators:
         dims = self.dims(node.output())
         read = self.dims(node.inputsAt(0)) if node.inputsSize() else axes.UNKNOWN
         if _by_token(node):
-            alike = [i for i in tensor_inputs(node) if self.dims(node.inputsAt(i)).places == dims.places]
+            alike = [i for i in tensor_inputs(node) if self.dims(node.inputsAt(i)).positions == dims.positions]
             same_axes = all(self.dims(node.inputsAt(i)).count == dims.count for i in alike)
             others = [i for i in tensor_inputs(node) if i not in alike]
             return alike if same_axes and all(self.dims(node.inputsAt(i)).fixed for i in others) else []
         if node.kind() in (*RESHAPING, *_MOVING):
-            return [0] if read.places is not None else []
-        if node.kind() == ATTENTION and dims.count == 4 and dims.places == 2:
+            return [0] if read.positions is not None else []
+        if node.kind() == ATTENTION and dims.count == 4 and dims.positions == 2:
             query, _, _, mask, _, causal, *_ = node.inputs()
             masked = self.dims(mask)
             readable = str(mask.type()) == "NoneType" or (masked.count > 1 and not masked.others)
-            return [0] if self.dims(query).places == 2 and readable and causal.toIValue() is False else []
+            return [0] if self.dims(query).positions == 2 and readable and causal.toIValue() is False else []
         return []
 
     # Values with one row per text
@@ -127,7 +127,7 @@ class Operators:
             return False
         read = self.dims(node.inputsAt(0))
         others = [self.dims(node.inputsAt(i)).fixed for i in tensor_inputs(node) if i]
-        return read.batch == [0] and read.places is None and not read.others and all(others)
+        return read.batch == [0] and read.positions is None and not read.others and all(others)
 
 
 def tensor_inputs(node: Node) -> List[int]:

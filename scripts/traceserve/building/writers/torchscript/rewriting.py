@@ -76,7 +76,7 @@ class Rewriting:
             packed = self._clone(node, {i: self._pack(node.inputsAt(i), node) for i in of.rows(node)})
             layout = self.layout
             [rows] = self._call(
-                end_to_end.spread, [packed, layout.padded, layout.places, layout.batch, layout.length], node
+                end_to_end.spread, [packed, layout.padded, layout.positions, layout.batch, layout.length], node
             )
             self.dims[rows.debugName()] = of.dims(node.output())
             self.packed[rows.debugName()] = packed
@@ -131,7 +131,7 @@ class Rewriting:
                     end_to_end.first_tokens, [self.packed[name], self.layout.firsts], before
                 )
             else:
-                self.firsts[name] = self._first_along(value, self.operators.dims(value).places, before)
+                self.firsts[name] = self._first_along(value, self.operators.dims(value).positions, before)
         return self.firsts[name]
 
     def _first_along(self, value: Value, axis: Optional[int], before: Node) -> Value:
@@ -155,9 +155,9 @@ class Rewriting:
         if sizes.node().kind() != "prim::ListConstruct":
             return sizes
         made = list(sizes.node().inputs())
-        places = self.operators.dims(node.output()).places
-        if places is not None and made[places].toIValue() != -1:
-            made[places] = self._constant(1, node)
+        positions = self.operators.dims(node.output()).positions
+        if positions is not None and made[positions].toIValue() != -1:
+            made[positions] = self._constant(1, node)
         together = insert_node(self.graph, "prim::ListConstruct", made, node)
         together.output().setType(sizes.type())
         return together.output()

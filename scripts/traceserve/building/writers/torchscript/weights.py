@@ -11,7 +11,7 @@ from typing import Dict, Optional, Tuple
 import torch
 from traceserve_runtime.runtimes import graph as graphs
 from traceserve_runtime.runtimes.graph import Traced
-from traceserve_runtime.runtimes.torchscript.weights import GRAPH_FILE, WEIGHTS_FILE, Place, write_places
+from traceserve_runtime.runtimes.torchscript.weights import GRAPH_FILE, WEIGHTS_FILE, WeightPosition, write_positions
 
 from traceserve.building.writers.tracing.graphs import write_module
 
@@ -23,16 +23,16 @@ def write_graph(folder: Path, model_file: str, rewritten: Optional[Traced] = Non
     """Write the model's graph, or its rewritten one, and the table of weights beside the model; returns their names."""
     module = graphs.load_module(folder / model_file) if rewritten is None else rewritten
     records = _records(folder / model_file)
-    places: Dict[str, Place] = {}
+    positions: Dict[str, WeightPosition] = {}
     for name, tensor in module.state_dict(keep_vars=True).items():
         offset = records.get(_digest(tensor.data)) if tensor.numel() else 0  # a weight may have no values
         if offset is not None:
-            places[name] = Place(offset, str(tensor.dtype).replace("torch.", ""), tuple(tensor.shape))
+            positions[name] = WeightPosition(offset, str(tensor.dtype).replace("torch.", ""), tuple(tensor.shape))
     for name, tensor in module.state_dict(keep_vars=True).items():
-        if name in places:
+        if name in positions:
             tensor.data = torch.empty(0, dtype=tensor.dtype)
     write_module(module, folder / GRAPH_FILE)
-    write_places(folder, places)
+    write_positions(folder, positions)
     return (GRAPH_FILE, WEIGHTS_FILE)
 
 

@@ -271,8 +271,8 @@ def example(original: Original, batch: int, length: int) -> Tuple[torch.Tensor, 
             "The quick brown fox jumps over the lazy dog. " * length, truncation=True, max_length=tokens
         )
         count = len(encoded["input_ids"])
-        place = slice(0, count) if facts.padding_side == "right" else slice(length - count, length)
+        positions = slice(0, count) if facts.padding_side == "right" else slice(length - count, length)
         values = {"token_type_ids": [0] * count, "attention_mask": [1] * count, **encoded}
         for name, column in columns.items():
-            column[row, place] = torch.tensor(values[name])
+            column[row, positions] = torch.tensor(values[name])
     return tuple(columns[name] for name in original.inputs)
