@@ -10,7 +10,7 @@ import shlex
 import subprocess
 import sys
 from pathlib import Path
-from typing import Callable, NoReturn
+from typing import Callable, List, NoReturn
 
 import pytest
 from rich.table import Table
@@ -78,6 +78,36 @@ def test_what_an_encoding_lacks_is_printed_as_json_escapes_it(stream: str) -> No
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, env=environment, check=True, timeout=60)
     printed = getattr(done, stream)
     assert printed.isascii() and json.loads(printed) == {"label": "日本 é 😀"}
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="Linux has a file that is always full")
+@pytest.mark.parametrize("buffered", [True, False])
+@pytest.mark.parametrize("arguments", [["config-schema"], ["--help"], ["--version"]], ids="".join)
+def test_standard_output_that_cannot_be_written_is_named(arguments: List[str], buffered: bool) -> None:
+    environment = {**os.environ, "PYTHONUNBUFFERED": "" if buffered else "1"}
+    command = [sys.executable, "-m", "traceserve", *arguments]
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, env=environment, timeout=60)
+    told = "error: standard output could not be written: No space left on device; send it elsewhere\n"
+    assert (done.returncode, done.stderr) == (1, told)
+
+
+@pytest.mark.parametrize("arguments", [["config-schema"], ["--help"]], ids="".join)
+def test_output_that_nobody_reads_ends_a_command_in_silence(arguments: List[str]) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    environment = {**os.environ, "PYTHONUNBUFFERED": ""}
+    command = [sys.executable, "-m", "traceserve", *arguments]
+    done = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True, env=environment, timeout=60)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (1, "")
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="how a POSIX shell closes it")
+def test_a_command_without_standard_output_runs() -> None:
+    command = [sys.executable, "-m", "traceserve", "config-schema"]
+    done = subprocess.run(["sh", "-c", '"$@" >&-', "sh", *command], stderr=subprocess.PIPE, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 def test_an_unexpected_error_is_printed_as_it_is(

@@ -20,7 +20,7 @@ from traceserve import __version__
 from traceserve.commands import COMMANDS, printing
 from traceserve.commands.completion import CompletingParser
 from traceserve.commands.contract import Command
-from traceserve.errors import NoSpace
+from traceserve.errors import NoSpace, UnwritableOutput
 from traceserve.machine import space
 
 _FIRST_SENTENCE = re.compile(r"\.(?=\s|$)|\n")  # ends at it; not within setup_config.json
@@ -43,9 +43,15 @@ def main(arguments: Optional[Sequence[str]] = None) -> int:
     _struck.clear()
     _end_by_signals()
     try:
-        return _run(_parse(sys.argv[1:] if arguments is None else arguments))
+        with printing.standard_output():
+            return _run(_parse(sys.argv[1:] if arguments is None else arguments))
     except _Interrupted:
         return _interrupted()
+    except UnwritableOutput as error:  # of --help or --version, which end the program
+        printing.print_error(error)
+        return 1
+    except BrokenPipeError:
+        return 1
 
 
 def _interrupted() -> int:
@@ -59,13 +65,13 @@ def _run(options: argparse.Namespace) -> int:
     try:
         _tell_where_servers_are(options.command)
         code = int(options.run(options) or 0)
-        sys.stdout.flush()  # what reads it may have gone
+        if sys.stdout is not None:
+            sys.stdout.flush()  # what reads it may have gone
         return code
     except TraceserveError as error:
         printing.print_error(_full_disk(error, options) or error)
         return int(options.command.trouble)
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return int(options.command.trouble)
     except Exception as error:  # an outer edge
         if _struck:  # some libraries raise their own exception for any, also for a signal's
@@ -83,7 +89,7 @@ def _run(options: argparse.Namespace) -> int:
 
 def _full_disk(error: Exception, options: argparse.Namespace) -> Optional[NoSpace]:
     """Return an error caused by a full disk as NoSpace; None for any other."""
-    if isinstance(error, NoSpace) or not space.is_full(error):
+    if isinstance(error, (NoSpace, UnwritableOutput)) or not space.is_full(error):
         return None
     places = [getattr(options, name, None) or Path() for name in ("output", "store")]
     return space.told(error, places)
