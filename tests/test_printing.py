@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import json
 import os
 import re
@@ -119,6 +120,31 @@ def test_an_unexpected_error_is_printed_as_it_is(
     monkeypatch.setattr(cli, "COMMANDS", (Command("fail", "Fail.", add_nothing, fail),))
     assert cli.main(["fail"]) == 1
     assert "error: unexpected KeyError: '[INST] and [/INST]'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("number", "advice"),
+    [
+        (errno.EACCES, "give this user access to it, and to the folders above it, or name another path"),
+        (errno.ENAMETOOLONG, "name a shorter path"),
+    ],
+)
+def test_a_path_that_the_system_refuses_is_told_in_a_sentence(
+    number: int, advice: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    refused = tmp_path / "other" / "folder"
+
+    def look(options: argparse.Namespace) -> NoReturn:
+        raise OSError(number, os.strerror(number), str(refused))
+
+    monkeypatch.setattr(cli, "COMMANDS", (Command("look", "Look.", add_nothing, look),))
+    assert cli.main(["look"]) == 1
+    assert capsys.readouterr().err == f"error: {refused} cannot be used: {os.strerror(number)}; {advice}\n"
+
+
+def test_a_name_that_is_too_long_is_told_in_a_sentence(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["inspect", str(tmp_path / ("a" * 300))]) == 2
+    assert "cannot be used: File name too long; name a shorter path\n" in capsys.readouterr().err
 
 
 def test_a_configurations_notes_are_printed_as_they_are(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import errno
 import functools
 import os
 import re
@@ -76,9 +77,9 @@ def _run(options: argparse.Namespace) -> int:
     except Exception as error:  # an outer edge
         if _struck:  # some libraries raise their own exception for any, also for a signal's
             return _interrupted()
-        full = _full_disk(error, options)
-        if full:
-            printing.print_error(full)
+        known = _full_disk(error, options) or _refused_path(error)
+        if known:
+            printing.print_error(known)
             return int(options.command.trouble)
         if os.environ.get("TRACESERVE_TRACEBACK"):
             raise
@@ -93,6 +94,25 @@ def _full_disk(error: Exception, options: argparse.Namespace) -> Optional[NoSpac
         return None
     places = [getattr(options, name, None) or Path() for name in ("output", "store")]
     return space.told(error, places)
+
+
+# What the system says of a path that a user named, and what to do.
+_ACCESS = "give this user access to it, and to the folders above it, or name another path"
+_REFUSED_PATHS = {
+    errno.EACCES: _ACCESS,
+    errno.EPERM: _ACCESS,
+    errno.EROFS: "name a path that can be written",
+    errno.ELOOP: "its links lead to each other; name another path",
+    errno.ENAMETOOLONG: "name a shorter path",
+}
+
+
+def _refused_path(error: Exception) -> Optional[TraceserveError]:
+    """Return the system's refusal of a path as a sentence; None for any other error. Even `Path.is_dir` raises some, before
+    Python 3.14."""
+    if not isinstance(error, OSError) or error.filename is None or error.errno not in _REFUSED_PATHS:
+        return None
+    return TraceserveError(f"{error.filename} cannot be used: {error.strerror}; {_REFUSED_PATHS[error.errno]}")
 
 
 def _tell_where_servers_are(command: Command) -> None:
