@@ -27,7 +27,7 @@ from traceserve_hosts.asgi import (
 )
 from traceserve_hosts.batcher import Batcher
 from traceserve_hosts.loading import load_archive
-from traceserve_hosts.ray_config import NAMING, Replicas
+from traceserve_hosts.ray_config import NAMING, NEURON_CORES, Replicas
 from traceserve_hosts.routing import Router, may_stream, messages
 
 _SECONDS = [0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0]  # TorchServe's buckets
@@ -55,7 +55,7 @@ def archive(args: Mapping[str, Any]) -> serve.Application:
         }
     deployment = replica.options(
         name=ARCHIVE,
-        ray_actor_options={"num_cpus": replicas.cpus, "num_gpus": replicas.gpus},
+        ray_actor_options=_actor_options(replicas),
         max_ongoing_requests=options["queue"] + 256,  # the replica itself says when too many wait
         logging_config={"enable_access_log": False},
         health_check_period_s=_HEALTH_PERIOD,
@@ -73,6 +73,12 @@ def archive(args: Mapping[str, Any]) -> serve.Application:
         options,
         args.get("trusted"),
     )
+
+
+def _actor_options(replicas: Replicas) -> Dict[str, Any]:
+    """What a replica's process needs of a machine."""
+    cores = {"resources": {NEURON_CORES: replicas.neuron_cores}} if replicas.neuron_cores else {}
+    return {"num_cpus": replicas.cpus, "num_gpus": replicas.gpus, **cores}
 
 
 def router(args: Mapping[str, Any]) -> serve.Application:
