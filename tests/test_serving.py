@@ -816,6 +816,26 @@ def test_the_jvm_starts_from_the_classes_of_an_earlier_one(
         instances.stop(instance, at_once=True)
 
 
+def test_classes_that_no_server_used_for_long_are_removed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """As those of an earlier Java: at the next writing, and not those that a server started with since."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    cache = java._class_archive().parent
+    present, old, recent, other = (
+        cache / name for name in (java._class_archive().name, "torchserve-1.jsa", "torchserve-2.jsa", "other.jsa")
+    )
+    for file in (present, old, recent, other):
+        file.write_bytes(b"classes")
+        if file != recent:
+            os.utime(file, (0, 0))
+    assert f"-XX:SharedArchiveFile={present}" in java.jvm_options(tmp_path)
+    java._remove_unused(cache)
+    assert [file.exists() for file in (present, old, recent, other)] == [True, False, True, True]
+    os.utime(recent, (0, 0))
+    (tmp_path / present.name).write_bytes(b"new classes")
+    java.keep_class_archive(tmp_path)
+    assert present.read_bytes() == b"new classes" and not recent.exists()
+
+
 KEEP = """
 import sys
 from pathlib import Path
