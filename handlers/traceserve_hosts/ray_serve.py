@@ -6,6 +6,7 @@ method, but knows neither clients that have gone nor pieces of a stream; `batche
 
 from __future__ import annotations
 
+import asyncio
 from typing import Any, AsyncIterator, Dict, List, Mapping, Optional
 
 import ray
@@ -160,12 +161,18 @@ class Front:
         handle = self._handles.get(application)
         if handle is None:
             handle = self._handles[application] = serve.get_app_handle(application)
-        if may_stream(scope, body):
-            async for message in handle.options(stream=True).answering.remote(scope, body):
-                yield message
-        else:
-            for message in await handle.answered.remote(scope, body):
-                yield message
+        streamed = may_stream(scope, body)
+        asked = (handle.options(stream=True).answering if streamed else handle.answered).remote(scope, body)
+        try:
+            if streamed:
+                async for message in asked:
+                    yield message
+            else:
+                for message in await asked:
+                    yield message
+        except (asyncio.CancelledError, GeneratorExit):  # the client has gone
+            asked.cancel()
+            raise
 
 
 class _Counted:
