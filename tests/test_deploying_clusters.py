@@ -30,7 +30,7 @@ from traceserve import cli
 from traceserve.deploying.described import Described, describe
 from traceserve.deploying.plan import Text, Wishes
 from traceserve.deploying.targets import TARGETS, kserve, kubernetes, sagemaker
-from traceserve.errors import ServerError
+from traceserve.errors import DeployError, ServerError
 from traceserve.serving import configuration, instances, keys, server
 from traceserve.serving.front import FrontendOptions
 
@@ -597,6 +597,33 @@ def test_a_custom_resource_goes_to_the_nodes_with_the_device(mar: Path, target: 
     assert [each["key"] for each in found] == ["aws.amazon.com/neuron", "aws.amazon.com/neuroncore"]
     assert 'aws.amazon.com/neuroncore: "1"\n' in text
     assert not problems(document)
+
+
+@pytest.mark.parametrize("target", ["docker", "kubernetes"])
+def test_what_a_container_would_refuse_is_refused(mar: Path, target: str) -> None:
+    [own] = describe([mar])
+    changed = dataclasses.replace(own, manifest=dataclasses.replace(own.manifest, hardware="neuron"))
+    with pytest.raises(DeployError, match="is for neuron, which `traceserve serve --engine ray` refuses"):
+        TARGETS[target].plan([changed], Wishes("ray"))
+    assert TARGETS[target].plan([changed], Wishes("torchserve"))
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_ray_gives_each_replica_a_neuron_core(mar: Path, count: int) -> None:
+    """A worker of the cluster has as many as its pod, in the form that KubeRay, the shell and Ray's autoscaler read."""
+    [own] = describe([mar])
+    changed = dataclasses.replace(own, manifest=dataclasses.replace(own.manifest, hardware="neuronx"))
+    archives = [changed, dataclasses.replace(changed, name="other")][:count]
+    files = TARGETS["kuberay"].plan(archives, Wishes("ray", url="s3://b")).files
+    [text] = [file.text for file in files if isinstance(file, Text) and file.path == "service.yaml"]
+    document = yaml.safe_load(text)
+    assert not problems(document)
+    [group] = document["spec"]["rayClusterConfig"]["workerGroupSpecs"]
+    assert group["rayStartParams"] == {"resources": f"'{{\"neuron_cores\": {count}}}'"}
+    limits = group["template"]["spec"]["containers"][0]["resources"]["limits"]
+    assert limits["aws.amazon.com/neuroncore"] == str(count)
+    applications = yaml.safe_load(document["spec"]["serveConfigV2"])["applications"][:count]
+    assert [each["args"]["replicas"]["neuron_cores"] for each in applications] == [1] * count
 
 
 @pytest.mark.parametrize(

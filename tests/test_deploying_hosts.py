@@ -19,8 +19,13 @@ import yaml
 from conftest import run_export
 from test_deploying import bare_python, deployed, parsed, refused
 from traceserve.archives.archive import pack_archive
+from traceserve.archives.contents import unpack
+from traceserve.deploying.described import describe
+from traceserve.deploying.plan import Wishes
+from traceserve.deploying.targets import sagemaker as sagemaker_target
 from traceserve.serving.configuration import free_ports
 from traceserve_hosts import sagemaker
+from traceserve_runtime.manifest import sha256
 
 BODY = {"text": "Yes."}
 
@@ -100,12 +105,15 @@ def model(mar: Path, tmp_path_factory: pytest.TempPathFactory) -> Tuple[Path, Pa
 
 
 @pytest.fixture(scope="module")
-def container(model: Tuple[Path, Path], python: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Container]:
+def container(
+    mar: Path, model: Tuple[Path, Path], python: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Container]:
     """Started as SageMaker starts it: with `serve`, and a port of its choice."""
     image, unpacked = model
     port, home = free_ports(1)[0], tmp_path_factory.mktemp("home")
     variables = {
         "TRACESERVE_MODEL": str(unpacked),
+        "TRACESERVE_SHA256": sha256(mar),
         "SAGEMAKER_BIND_TO_PORT": str(port),
         "SAGEMAKER_MAX_PAYLOAD_IN_MB": "1",
     }
@@ -118,7 +126,21 @@ def test_the_model_is_the_archive(mar: Path, model: Tuple[Path, Path], tmp_path:
     assert other.read_bytes() == (model[0].parent / "model.tar.gz").read_bytes()  # of equal archives equal bytes
     with gzip.open(other) as content:
         assert content.read(1)
-    assert (model[1] / "traceserve.json").is_file() and (model[1] / "traceserve_runtime/engine.py").is_file()
+    [packed] = model[1].iterdir()
+    assert packed.name == mar.name and packed.read_bytes() == mar.read_bytes()
+
+
+def test_only_the_archive_that_was_deployed_is_served(
+    mar: Path, model: Tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    [described] = describe([mar])
+    told = " ".join(sagemaker_target.plan([described], Wishes("uvicorn")).commands)
+    assert f"Environment={{TRACESERVE_SHA256={sha256(mar)}}}" in told
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setenv("TRACESERVE_SHA256", "0" * 64)
+    assert "it is another one, or damaged" in str(sagemaker.main(["serve"], str(model[1]), {}))
+    unpack(mar, tmp_path / "unpacked")  # as earlier versions put it into model.tar.gz
+    assert "is an unpacked archive" in str(sagemaker.main(["serve"], str(tmp_path / "unpacked"), {}))
 
 
 def test_ping_and_invocations(container: Container) -> None:

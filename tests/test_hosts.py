@@ -693,6 +693,10 @@ def test_a_failing_model_without_a_queue_is_broken_at_once(classifier: Service) 
 
 
 async def leave(hosted: Hosted, body: bytes, gone: asyncio.Event) -> List[Message]:
+    return await left(hosted.application, "/predictions/small", body, gone)
+
+
+async def left(application: asgi.Asgi, path: str, body: bytes, gone: asyncio.Event) -> List[Message]:
     """A request whose client closes the connection; returns what it was sent."""
     sent: List[Message] = []
     received: List[Message] = [{"type": "http.request", "body": body}]
@@ -707,8 +711,8 @@ async def leave(hosted: Hosted, body: bytes, gone: asyncio.Event) -> List[Messag
         sent.append(message)
 
     headers = [(b"content-type", b"application/json")]
-    scope = {"type": "http", "method": "POST", "path": "/predictions/small", "headers": headers}
-    await hosted.application(scope, receive, send)
+    scope = {"type": "http", "method": "POST", "path": path, "headers": headers}
+    await application(scope, receive, send)
     return sent
 
 
@@ -1087,6 +1091,31 @@ def several(services: Dict[str, Service]) -> Several:
             ("vectors", "1.0"): application("vectors", "1.0", "feature_extraction"),
         },
     )
+
+
+@pytest.mark.parametrize("begun", [False, True], ids=["before the answer", "within a stream"])
+def test_the_router_cancels_what_a_client_that_has_gone_asked(begun: bool) -> None:
+    async def ask() -> List[Message]:
+        gone, asked, ended = asyncio.Event(), asyncio.Event(), asyncio.Event()
+
+        async def slow(name: str, version: str, scope: Scope, body: bytes) -> AsyncIterator[Message]:
+            try:
+                if begun:
+                    yield {"type": "http.response.start", "status": 200, "headers": []}
+                asked.set()
+                await asyncio.sleep(600)
+            finally:
+                ended.set()
+
+        router = Router({"colours": {"1.0": 1.0}}, Limits(), slow)
+        leaving = asyncio.ensure_future(left(router, "/predictions/colours", b'"x"', gone))
+        await asked.wait()
+        gone.set()
+        sent = await asyncio.wait_for(leaving, 10)
+        await asyncio.wait_for(ended.wait(), 10)
+        return sent
+
+    assert [message["type"] for message in run(ask())] == ["http.response.start"] * begun
 
 
 @pytest.mark.parametrize(

@@ -126,9 +126,9 @@ def test_a_server_of_another_machine_is_not_judged(processes: Any) -> None:
 def test_the_log_of_a_dead_server_is_kept_until_somebody_has_seen_it(
     processes: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """And of its run/ all but the TLS key."""
+    """And of its run/ all but the keys."""
     instance = remembered(processes)
-    for name in ("tls.pem", "serve.json"):
+    for name in ("tls.pem", "key", "key_file.json", "serve.json"):
         Path(instance.folder, "run", name).write_text("private")
     kill(instance)
     assert instances.running() == [] and instance.log.is_file()
@@ -144,6 +144,20 @@ def test_the_log_of_a_dead_server_is_kept_until_somebody_has_seen_it(
     assert [path.name for path in Path(instance.folder, "run").iterdir()] == ["serve.json"]
     instances.sweep()
     assert not Path(instance.folder).exists() and instances.died() == []
+
+
+def test_the_keys_of_a_dead_server_are_forgotten_once_it_was_shown(processes: Any) -> None:
+    """One that the user chose may be that of other servers."""
+    instance = dataclasses.replace(
+        remembered(processes, engine=RAY), key="chosen by the user", management_key="another"
+    )
+    instances.remember(instance)
+    kill(instance)
+    assert cli.main(["status"]) == 0
+    [state] = (Path(os.environ["XDG_STATE_HOME"]) / "traceserve" / "servers").iterdir()
+    assert "chosen" not in state.read_text() and "another" not in state.read_text()
+    [dead] = instances.died()
+    assert (dead.seen, dead.port, dead.engine) == (True, 18000, RAY)
 
 
 @pytest.mark.parametrize("options", [["--port", "18000"], ["--all"]])

@@ -160,8 +160,10 @@ def predicted(served: Instance, name: str, body: Any) -> Any:
 @pytest.mark.parametrize("task", TASKS)
 def test_every_form_is_shown_and_asks(task: str, page: Page, served: Instance) -> None:
     board = page.choose(task)
-    for asked in (*TASKS[task].fields, *TASKS[task].all_parameters()):
-        assert page.page.locator(f"#board-{board}").get_by_label(asked.name) is not None
+    page.at(board, "more").get_by_role("button").first.click()  # the other parameters
+    parameters = [f"parameters-{parameter.name}" for parameter in TASKS[task].all_parameters()]
+    for name in (*(field.name for field in TASKS[task].fields), *parameters):
+        page.at(board, name).wait_for()
     page.ask(board)
     body, answer = sample(served, task), page.at(board, "answer-0")
     if body.get("parameters", {}).get("stream"):

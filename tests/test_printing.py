@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import json
 import os
 import re
@@ -10,7 +11,7 @@ import shlex
 import subprocess
 import sys
 from pathlib import Path
-from typing import Callable, NoReturn
+from typing import Callable, List, NoReturn
 
 import pytest
 from rich.table import Table
@@ -80,6 +81,36 @@ def test_what_an_encoding_lacks_is_printed_as_json_escapes_it(stream: str) -> No
     assert printed.isascii() and json.loads(printed) == {"label": "日本 é 😀"}
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="Linux has a file that is always full")
+@pytest.mark.parametrize("buffered", [True, False])
+@pytest.mark.parametrize("arguments", [["config-schema"], ["--help"], ["--version"]], ids="".join)
+def test_standard_output_that_cannot_be_written_is_named(arguments: List[str], buffered: bool) -> None:
+    environment = {**os.environ, "PYTHONUNBUFFERED": "" if buffered else "1"}
+    command = [sys.executable, "-m", "traceserve", *arguments]
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, env=environment, timeout=60)
+    told = "error: standard output could not be written: No space left on device; send it elsewhere\n"
+    assert (done.returncode, done.stderr) == (1, told)
+
+
+@pytest.mark.parametrize("arguments", [["config-schema"], ["--help"]], ids="".join)
+def test_output_that_nobody_reads_ends_a_command_in_silence(arguments: List[str]) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    environment = {**os.environ, "PYTHONUNBUFFERED": ""}
+    command = [sys.executable, "-m", "traceserve", *arguments]
+    done = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True, env=environment, timeout=60)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (1, "")
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="how a POSIX shell closes it")
+def test_a_command_without_standard_output_runs() -> None:
+    command = [sys.executable, "-m", "traceserve", "config-schema"]
+    done = subprocess.run(["sh", "-c", '"$@" >&-', "sh", *command], stderr=subprocess.PIPE, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
 def test_an_unexpected_error_is_printed_as_it_is(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -89,6 +120,31 @@ def test_an_unexpected_error_is_printed_as_it_is(
     monkeypatch.setattr(cli, "COMMANDS", (Command("fail", "Fail.", add_nothing, fail),))
     assert cli.main(["fail"]) == 1
     assert "error: unexpected KeyError: '[INST] and [/INST]'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("number", "advice"),
+    [
+        (errno.EACCES, "give this user access to it, and to the folders above it, or name another path"),
+        (errno.ENAMETOOLONG, "name a shorter path"),
+    ],
+)
+def test_a_path_that_the_system_refuses_is_told_in_a_sentence(
+    number: int, advice: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    refused = tmp_path / "other" / "folder"
+
+    def look(options: argparse.Namespace) -> NoReturn:
+        raise OSError(number, os.strerror(number), str(refused))
+
+    monkeypatch.setattr(cli, "COMMANDS", (Command("look", "Look.", add_nothing, look),))
+    assert cli.main(["look"]) == 1
+    assert capsys.readouterr().err == f"error: {refused} cannot be used: {os.strerror(number)}; {advice}\n"
+
+
+def test_a_name_that_is_too_long_is_told_in_a_sentence(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["inspect", str(tmp_path / ("a" * 300))]) == 2
+    assert "cannot be used: File name too long; name a shorter path\n" in capsys.readouterr().err
 
 
 def test_a_configurations_notes_are_printed_as_they_are(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

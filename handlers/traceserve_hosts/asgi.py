@@ -297,7 +297,7 @@ class Application:
 
     async def _replied(self, asked: Asked, receive: Receive, send: Send) -> None:
         """Send what a call is answered, in pieces where it comes in pieces; until the client goes."""
-        watch = asyncio.ensure_future(_gone(receive))
+        watch = asyncio.ensure_future(until_gone(receive))
         try:
             event = await self._next(asked, watch, self._limits.timeout)
             if isinstance(event, Piece):
@@ -436,7 +436,7 @@ async def _live(receive: Receive, send: Send) -> None:
             return
 
 
-async def _gone(receive: Receive) -> None:
+async def until_gone(receive: Receive) -> None:
     """Wait until the client has closed the connection."""
     while (await receive())["type"] != "http.disconnect":
         pass

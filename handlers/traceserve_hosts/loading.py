@@ -37,14 +37,18 @@ def load_archive(
 ) -> Loaded:
     """The archive at an address, unpacked and ready to answer; raises RuntimeError with the reason.
 
-    An address is a path, a folder that `unpacked` made, or a URL that fsspec opens (http, s3, gs, ...). `name` and `version`
-    are the archive's own where they are not given. The process can load one archive: its runtime is imported here.
-    `trusted` is the text of a PEM file, a public key or certificates: the archive has to be signed by it, and a name and
-    version that are given have to be its own.
+    An address is a path, a folder that `unpacked` made, or a URL that fsspec opens (http, s3, gs, ...). `sha256` is that of a
+    packed archive, and compared before anything of it runs. `name` and `version` are the archive's own where they are not
+    given. The process can load one archive: its runtime is imported here. `trusted` is the text of a PEM file, a public key or
+    certificates: the archive has to be signed by it, and a name and version that are given have to be its own.
     """
     whole = Path(address, "traceserve.json").is_file()
     if whole and trusted is not None:
         raise RuntimeError(f"{address} is an unpacked archive, and only a packed one (.mar) is signed")
+    if whole and sha256 is not None:
+        raise RuntimeError(
+            f"{address} is an unpacked archive, and only of a packed one (.mar) the SHA-256 can be compared"
+        )
     folder = Path(address) if whole else unpacked(address, sha256, trusted)
     own = str(folder.resolve())
     present = sys.modules.get("traceserve_runtime")

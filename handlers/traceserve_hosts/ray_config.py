@@ -14,6 +14,7 @@ MODULE = "traceserve_hosts.ray_serve"
 ROUTER = "traceserve-router"
 # The metric of requests whose path has the version; Ray adds `ray_`.
 NAMING = "traceserve_requests_naming_version_total"
+NEURON_CORES = "neuron_cores"  # what Ray calls them, by which it tells a process which are its own
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,7 @@ class Replicas:
     # Percent, rounded up: replicas of a new version that start before any of the old one ends. 0 where the machines have
     # no room for one more: then old ones end first.
     surge: int = 20
+    neuron_cores: int = 0  # of AWS Inferentia; each belongs to one process
 
 
 @dataclass(frozen=True)

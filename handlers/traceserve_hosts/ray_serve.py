@@ -6,6 +6,7 @@ method, but knows neither clients that have gone nor pieces of a stream; `batche
 
 from __future__ import annotations
 
+import asyncio
 from typing import Any, AsyncIterator, Dict, List, Mapping, Optional
 
 import ray
@@ -27,7 +28,7 @@ from traceserve_hosts.asgi import (
 )
 from traceserve_hosts.batcher import Batcher
 from traceserve_hosts.loading import load_archive
-from traceserve_hosts.ray_config import NAMING, Replicas
+from traceserve_hosts.ray_config import NAMING, NEURON_CORES, Replicas
 from traceserve_hosts.routing import Router, may_stream, messages
 
 _SECONDS = [0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0]  # TorchServe's buckets
@@ -55,7 +56,7 @@ def archive(args: Mapping[str, Any]) -> serve.Application:
         }
     deployment = replica.options(
         name=ARCHIVE,
-        ray_actor_options={"num_cpus": replicas.cpus, "num_gpus": replicas.gpus},
+        ray_actor_options=_actor_options(replicas),
         max_ongoing_requests=options["queue"] + 256,  # the replica itself says when too many wait
         logging_config={"enable_access_log": False},
         health_check_period_s=_HEALTH_PERIOD,
@@ -73,6 +74,12 @@ def archive(args: Mapping[str, Any]) -> serve.Application:
         options,
         args.get("trusted"),
     )
+
+
+def _actor_options(replicas: Replicas) -> Dict[str, Any]:
+    """What a replica's process needs of a machine."""
+    cores = {"resources": {NEURON_CORES: replicas.neuron_cores}} if replicas.neuron_cores else {}
+    return {"num_cpus": replicas.cpus, "num_gpus": replicas.gpus, **cores}
 
 
 def router(args: Mapping[str, Any]) -> serve.Application:
@@ -154,12 +161,18 @@ class Front:
         handle = self._handles.get(application)
         if handle is None:
             handle = self._handles[application] = serve.get_app_handle(application)
-        if may_stream(scope, body):
-            async for message in handle.options(stream=True).answering.remote(scope, body):
-                yield message
-        else:
-            for message in await handle.answered.remote(scope, body):
-                yield message
+        streamed = may_stream(scope, body)
+        asked = (handle.options(stream=True).answering if streamed else handle.answered).remote(scope, body)
+        try:
+            if streamed:
+                async for message in asked:
+                    yield message
+            else:
+                for message in await asked:
+                    yield message
+        except (asyncio.CancelledError, GeneratorExit):  # the client has gone
+            asked.cancel()
+            raise
 
 
 class _Counted:

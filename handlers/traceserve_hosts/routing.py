@@ -16,6 +16,7 @@ from traceserve_hosts.asgi import (
     LIVENESS,
     Asgi,
     Bodies,
+    Left,
     Limits,
     Message,
     Receive,
@@ -27,12 +28,13 @@ from traceserve_hosts.asgi import (
     path_of,
     replied,
     replied_live,
+    until_gone,
 )
 
 if TYPE_CHECKING:
     from traceserve_runtime.errors import TraceserveError
 
-# The messages of the answer that a name's version gives to a request with this body.
+# The messages of the answer that a name's version gives to a request with this body; cancelled where the client goes.
 Ask = Callable[[str, str, Scope, bytes], AsyncIterator[Message]]
 _PASSED = ("type", "method", "path", "query_string", "headers")  # of a scope; the rest is of this process alone
 _BEHIND = ("v1/models/", "v2/models/", "models/")  # a model's name
@@ -72,8 +74,20 @@ class Router:
             body = await self._limits.body(headers, receive, take)
             name, version, path = self._located(path, headers, body)
             asked = {key: scope[key] for key in _PASSED if key in scope}
-            async for message in self._ask(name, version, {**asked, "path": path}, body):
-                await send(message)
+            await self._relayed(self._ask(name, version, {**asked, "path": path}, body), receive, send)
+
+    async def _relayed(self, answer: AsyncIterator[Message], receive: Receive, send: Send) -> None:
+        """Send these messages; where the client goes first, whoever answers is cancelled, and Left raised."""
+        relaying = asyncio.ensure_future(_sent(answer, send))
+        watch = asyncio.ensure_future(until_gone(receive))
+        try:
+            await asyncio.wait({relaying, watch}, return_when=asyncio.FIRST_COMPLETED)
+            if not relaying.done():
+                raise Left
+            relaying.result()
+        finally:
+            relaying.cancel()
+            watch.cancel()
 
     async def _answer_health(self, send: Send) -> None:
         """200 where every version of every archive answers."""
@@ -164,6 +178,11 @@ def _model(headers: Mapping[str, str], body: bytes) -> Optional[str]:
 
 def _refused(error: TraceserveError) -> Refused:
     return Refused(error.status, type(error).__name__, error.message)
+
+
+async def _sent(answer: AsyncIterator[Message], send: Send) -> None:
+    async for message in answer:
+        await send(message)
 
 
 async def messages(application: Asgi, scope: Scope, body: bytes) -> AsyncIterator[Message]:

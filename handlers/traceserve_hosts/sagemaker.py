@@ -80,7 +80,7 @@ def main(arguments: Sequence[str], model: str = MODEL, environment: Mapping[str,
     try:
         archive = web.loaded(model)
         application = web.application(archive)
-    except RuntimeError as error:
+    except (RuntimeError, OSError) as error:  # a path may be refused
         return str(error)
     web.serve_until_signal(Container(application, archive.batch_size, int(megabytes)), "0.0.0.0", int(port))
     return None

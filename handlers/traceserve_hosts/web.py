@@ -101,7 +101,7 @@ def main(arguments: Optional[Sequence[str]] = None) -> Optional[str]:
             return refused
         archive = loaded(options.archive, options.name, options.require_signature)
         served = application(archive, None if options.largest_body is None else options.largest_body << 20)
-    except RuntimeError as error:
+    except (RuntimeError, OSError) as error:  # a path may be refused
         return str(error)
     serve_until_signal(served, options.host, options.port, options.certificate, options.key)
     return None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import errno
 import functools
 import os
 import re
@@ -20,7 +21,7 @@ from traceserve import __version__
 from traceserve.commands import COMMANDS, printing
 from traceserve.commands.completion import CompletingParser
 from traceserve.commands.contract import Command
-from traceserve.errors import NoSpace
+from traceserve.errors import NoSpace, UnwritableOutput
 from traceserve.machine import space
 
 _FIRST_SENTENCE = re.compile(r"\.(?=\s|$)|\n")  # ends at it; not within setup_config.json
@@ -43,9 +44,15 @@ def main(arguments: Optional[Sequence[str]] = None) -> int:
     _struck.clear()
     _end_by_signals()
     try:
-        return _run(_parse(sys.argv[1:] if arguments is None else arguments))
+        with printing.standard_output():
+            return _run(_parse(sys.argv[1:] if arguments is None else arguments))
     except _Interrupted:
         return _interrupted()
+    except UnwritableOutput as error:  # of --help or --version, which end the program
+        printing.print_error(error)
+        return 1
+    except BrokenPipeError:
+        return 1
 
 
 def _interrupted() -> int:
@@ -59,20 +66,20 @@ def _run(options: argparse.Namespace) -> int:
     try:
         _tell_where_servers_are(options.command)
         code = int(options.run(options) or 0)
-        sys.stdout.flush()  # what reads it may have gone
+        if sys.stdout is not None:
+            sys.stdout.flush()  # what reads it may have gone
         return code
     except TraceserveError as error:
         printing.print_error(_full_disk(error, options) or error)
         return int(options.command.trouble)
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return int(options.command.trouble)
     except Exception as error:  # an outer edge
         if _struck:  # some libraries raise their own exception for any, also for a signal's
             return _interrupted()
-        full = _full_disk(error, options)
-        if full:
-            printing.print_error(full)
+        known = _full_disk(error, options) or _refused_path(error)
+        if known:
+            printing.print_error(known)
             return int(options.command.trouble)
         if os.environ.get("TRACESERVE_TRACEBACK"):
             raise
@@ -83,10 +90,29 @@ def _run(options: argparse.Namespace) -> int:
 
 def _full_disk(error: Exception, options: argparse.Namespace) -> Optional[NoSpace]:
     """Return an error caused by a full disk as NoSpace; None for any other."""
-    if isinstance(error, NoSpace) or not space.is_full(error):
+    if isinstance(error, (NoSpace, UnwritableOutput)) or not space.is_full(error):
         return None
     places = [getattr(options, name, None) or Path() for name in ("output", "store")]
     return space.told(error, places)
+
+
+# What the system says of a path that a user named, and what to do.
+_ACCESS = "give this user access to it, and to the folders above it, or name another path"
+_REFUSED_PATHS = {
+    errno.EACCES: _ACCESS,
+    errno.EPERM: _ACCESS,
+    errno.EROFS: "name a path that can be written",
+    errno.ELOOP: "its links lead to each other; name another path",
+    errno.ENAMETOOLONG: "name a shorter path",
+}
+
+
+def _refused_path(error: Exception) -> Optional[TraceserveError]:
+    """Return the system's refusal of a path as a sentence; None for any other error. Even `Path.is_dir` raises some, before
+    Python 3.14."""
+    if not isinstance(error, OSError) or error.filename is None or error.errno not in _REFUSED_PATHS:
+        return None
+    return TraceserveError(f"{error.filename} cannot be used: {error.strerror}; {_REFUSED_PATHS[error.errno]}")
 
 
 def _tell_where_servers_are(command: Command) -> None:

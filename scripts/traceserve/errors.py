@@ -72,6 +72,10 @@ class NoSpace(TraceserveError):
     """A disk is, or would be, full; the message names the path and the size needed."""
 
 
+class UnwritableOutput(TraceserveError):
+    """What a command prints could not be written."""
+
+
 def first_line(error: Exception) -> str:
     """Return the kind and the first line of another library's error, with the next one where it ends in a colon."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import codecs
+import contextlib
 import io
 import json
+import os
 import re
 import sys
-from typing import TYPE_CHECKING, Any, Optional, Sequence, Tuple
+from typing import TYPE_CHECKING, Any, Iterator, Optional, Sequence, TextIO, Tuple, cast
 
 from traceserve_runtime.errors import TraceserveError
 
-from traceserve.errors import shortened
+from traceserve.errors import UnwritableOutput, shortened
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -45,6 +47,54 @@ def _escaped(error: UnicodeError) -> Tuple[str, int]:
     assert isinstance(error, UnicodeEncodeError)
     units = error.object[error.start : error.end].encode("utf-16-be", "surrogatepass")
     return "".join(f"\\u{units[i]:02x}{units[i + 1]:02x}" for i in range(0, len(units), 2)), error.end
+
+
+@contextlib.contextmanager
+def standard_output() -> Iterator[None]:
+    """Within it, and at its end, standard output that cannot be written raises UnwritableOutput, or BrokenPipeError where nobody
+    reads it any more."""
+    stream = sys.stdout
+    if stream is None:  # closed by who started the command, and so not wanted
+        yield
+        return
+    sys.stdout = cast(TextIO, _StandardOutput(stream))
+    try:
+        yield
+    finally:
+        try:
+            sys.stdout.flush()
+        finally:
+            sys.stdout = stream
+
+
+class _StandardOutput:
+    """A stream whose errors say that it is standard output: a full disk's names no file."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        with self._errors_told():
+            return self._stream.write(text)
+
+    def flush(self) -> None:
+        with self._errors_told():
+            self._stream.flush()
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self._stream, name)
+
+    @contextlib.contextmanager
+    def _errors_told(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            # What the stream still holds goes nowhere, or Python would fail with it once more at its end.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self._stream.fileno())
+            if isinstance(error, BrokenPipeError):
+                raise
+            reason = error.strerror or error
+            raise UnwritableOutput(f"standard output could not be written: {reason}; send it elsewhere") from error
 
 
 def console(error: bool = False) -> Console:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Dict, List, NamedTuple, Sequence, Tuple
 
+from traceserve_runtime.runtimes.torchscript.neuron import CHIPS
+
 from traceserve.deploying.described import Described
 from traceserve.errors import DeployError
 
@@ -19,16 +21,27 @@ class EngineOptions(NamedTuple):
     after: Tuple[str, ...]
     takes_key: bool
     single: bool = False
+    chips: bool = True  # whether it serves archives for AWS Inferentia
 
 
 _COMMAND = ("python", "-m", "traceserve")
 CONTAINER_ENGINES: Dict[str, EngineOptions] = {
     "torchserve": EngineOptions("TorchServe", _COMMAND, ("serve",), ("--foreground",), False),
-    "ray": EngineOptions("Ray Serve", _COMMAND, ("serve",), ("--engine", "ray", "--foreground"), True),
+    "ray": EngineOptions("Ray Serve", _COMMAND, ("serve",), ("--engine", "ray", "--foreground"), True, chips=False),
     "uvicorn": EngineOptions(
         "uvicorn", ("python", "-m", "traceserve_hosts.web"), (), ("--without-keys",), True, single=True
     ),
 }
+
+
+def check_hardware(engine: str, archives: Sequence[Described]) -> None:
+    """Raise DeployError for an archive that this engine refuses to serve."""
+    for each in archives:
+        if each.manifest.hardware in CHIPS and not CONTAINER_ENGINES[engine].chips:
+            raise DeployError(
+                f"{each.file} is for {each.manifest.hardware}, which `traceserve serve --engine {engine}` refuses: leave "
+                "--engine out, or deploy kuberay"
+            )
 
 
 def command(engine: str, archives: Sequence[Described], folder: str) -> List[str]:

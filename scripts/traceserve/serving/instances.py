@@ -31,6 +31,8 @@ _REPLICA = re.compile(r"ray::ServeReplica:([^:]+)")
 _REASON = re.compile(r"\b\w*(Error|Exception)\b|[Oo]ut of memory|Killed|SIG[A-Z]+|fatal|No space left")
 _READABLE = ("logs", "run")  # kept of a dead server
 CERTIFICATE_AND_KEY = "run/tls.pem"  # in a cluster's folder, for its HAProxy
+RAY_KEY, TORCHSERVE_KEYS = "run/key", "run/key_file.json"  # in a server's folder
+_SECRET = (CERTIFICATE_AND_KEY, RAY_KEY, TORCHSERVE_KEYS)
 
 
 @dataclass(frozen=True)
@@ -153,9 +155,9 @@ def as_remembered(instance: Instance) -> Instance:
 
 
 def mark_seen(instance: Instance) -> None:
-    """Record that this server's failure was shown: the next start removes its remains."""
+    """Record that this server's failure was shown: the next start removes its remains. Its keys are forgotten at once."""
     with contextlib.suppress(OSError):  # shown again next time
-        remember(dataclasses.replace(instance, seen=True))
+        remember(dataclasses.replace(instance, seen=True, key=None, management_key=None))
 
 
 def sweep() -> None:
@@ -323,11 +325,12 @@ def _remove(instance: Instance) -> None:
 
 
 def _keep_only(instance: Instance) -> None:
-    """Keep only a dead server's readable files: its archives and temporary files are large, and its TLS key is secret."""
+    """Keep only a dead server's readable files: its archives and temporary files are large, and its keys are secret."""
     for path in Path(instance.folder).iterdir():
         if path.is_dir() and path.name not in _READABLE:
             shutil.rmtree(path, ignore_errors=True)
-    Path(instance.folder, CERTIFICATE_AND_KEY).unlink(missing_ok=True)
+    for name in _SECRET:
+        Path(instance.folder, name).unlink(missing_ok=True)
 
 
 def _in_url(host: str) -> str:

@@ -9,6 +9,7 @@ import os
 import re
 import shutil
 import subprocess
+import time
 from pathlib import Path
 from typing import Dict, List, Optional, Tuple
 
@@ -17,6 +18,7 @@ from traceserve.errors import ServerError
 from traceserve.machine import user_folders
 
 OLDEST_JAVA = 11
+_KEPT_UNUSED = 30 * 24 * 3600  # seconds that a class archive stays which no server started with
 
 
 def find_java() -> Dict[str, str]:
@@ -69,6 +71,8 @@ def jvm_options(folder: Path) -> List[str]:
         return options
     options.append(f"-Djava.util.logging.config.file={folder / LOG_CONFIG}")
     if archive.is_file():
+        with contextlib.suppress(OSError):
+            os.utime(archive)  # it is used
         return [*options, f"-XX:SharedArchiveFile={archive}"]
     return [*options, f"-XX:ArchiveClassesAtExit={folder / archive.name}"]
 
@@ -112,6 +116,16 @@ def keep_class_archive(folder: Path) -> None:
         if written.name == kept.name:
             with staging.staged(kept) as stage:
                 shutil.copyfile(written, stage / kept.name)
+            _remove_unused(kept.parent)
+
+
+def _remove_unused(folder: Path) -> None:
+    """Remove the class archives of JVMs and TorchServes that are not used any more, and probably gone. A running server goes on
+    with the removed file; one that starts late writes it again."""
+    for archive in folder.glob("torchserve-*.jsa"):
+        with contextlib.suppress(OSError):
+            if time.time() - archive.stat().st_mtime > _KEPT_UNUSED:
+                archive.unlink()
 
 
 # gRPC's log through Java's own logging, which otherwise fills the console without limit; without exceptions' texts.

@@ -29,13 +29,13 @@ _KINDS = ("inference", "management")
 
 def torchserve_keys(folder: Path) -> Dict[str, str]:
     """Return TorchServe's keys in a server's folder; raises FileNotFoundError, ValueError or KeyError until it has them."""
-    found: Dict[str, Any] = json.loads((folder / "run" / "key_file.json").read_text(encoding="utf-8"))
+    found: Dict[str, Any] = json.loads((folder / instances.TORCHSERVE_KEYS).read_text(encoding="utf-8"))
     return {kind: found[kind]["key"] for kind in (*_KINDS, "API")}
 
 
 def ray_key_file(folder: Path) -> Path:
     """Return the file of a cluster's key."""
-    return folder / "run" / "key"
+    return folder / instances.RAY_KEY
 
 
 def user_key() -> str:

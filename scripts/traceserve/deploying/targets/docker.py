@@ -101,6 +101,7 @@ def image_files(
 
 def plan(archives: Sequence[Described], wishes: Wishes) -> Plan:
     """The folder for `docker build`."""
+    engines.check_hardware(wishes.engine, archives)
     image = image_name(archives, wishes)
     needed = resources.needed(archives, wishes.engine)
     devices = _devices(archives[0].manifest.hardware, needed)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any, Dict, List, Sequence
 
 from traceserve_hosts import KEY_VARIABLE
-from traceserve_hosts.ray_config import Hosted, Replicas, applications
+from traceserve_hosts.ray_config import NEURON_CORES, Hosted, Replicas, applications
 
 from traceserve.deploying import packages, resources, templates
 from traceserve.deploying.described import Described
@@ -25,7 +26,13 @@ def serve_config(archives: Sequence[Described], wishes: Wishes) -> Dict[str, obj
             name=each.name,
             version=each.version,
             sha256=each.sha256,
-            replicas=Replicas(1, 6, float(each.serving.threads or 1), float(each.manifest.on_gpu)),
+            replicas=Replicas(
+                1,
+                6,
+                float(each.serving.threads or 1),
+                float(each.manifest.on_gpu),
+                neuron_cores=int(resources.KUBERNETES_RESOURCES.get(each.manifest.hardware) == resources.NEURON_CORE),
+            ),
         )
         for each in archives
     ]
@@ -49,6 +56,7 @@ def plan(archives: Sequence[Described], wishes: Wishes) -> Plan:
         image=templates.flow(image),
         security=templates.block(_SECURITY, 10),
         worker_security=templates.block(_SECURITY, 12),
+        worker_start=templates.flow(_start_options(needed)),
         tolerations=templates.flow(needed.tolerations()),
         head=templates.block(_container(_HEAD, [_RAYLET], secret), 14),
         worker=templates.block(
@@ -75,6 +83,13 @@ def plan(archives: Sequence[Described], wishes: Wishes) -> Plan:
             "policy keep others from the head.",
         ),
     )
+
+
+def _start_options(needed: resources.Resources) -> Dict[str, str]:
+    """Of `ray start` on workers: an image has no neuron-ls, by which Ray counts cores. Ray's autoscaler and KubeRay take off the
+    quotes that the shell needs."""
+    cores = needed.devices.get(resources.NEURON_CORE)
+    return {"resources": f"'{json.dumps({NEURON_CORES: cores})}'"} if cores else {}
 
 
 _HEAD = {"requests": {"cpu": "1", "memory": "2Gi"}, "limits": {"memory": "4Gi"}}

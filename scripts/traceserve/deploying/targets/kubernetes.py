@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Dict, List, Sequence, Tuple
 
 from traceserve import __version__
-from traceserve.deploying import resources, templates
+from traceserve.deploying import engines, resources, templates
 from traceserve.deploying.described import Described
 from traceserve.deploying.plan import DeployTarget, File, Plan, Text, Wishes, prefixed
 from traceserve.deploying.targets import docker
@@ -28,6 +28,7 @@ def plain_name(name: str) -> str:
 
 def chart_files(archives: Sequence[Described], wishes: Wishes) -> Tuple[File, ...]:
     """The chart, with values of these archives."""
+    engines.check_hardware(wishes.engine, archives)
     name = plain_name(archives[0].name)
     repository, tag = docker.split_image(docker.image_name(archives, wishes))
     needed = resources.needed(archives, wishes.engine)

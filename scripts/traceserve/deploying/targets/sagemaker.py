@@ -7,8 +7,8 @@ import tarfile
 from pathlib import Path
 from typing import Sequence
 
-from traceserve.archives import staging
-from traceserve.archives.contents import unpack
+from traceserve_hosts.web import DIGEST_VARIABLE
+
 from traceserve.deploying import engines, templates
 from traceserve.deploying.described import Described
 from traceserve.deploying.plan import DeployTarget, Made, Plan, Wishes, prefixed
@@ -37,7 +37,7 @@ def plan(archives: Sequence[Described], wishes: Wishes) -> Plan:
             f"{docker.build_and_push(image)}  # to Amazon ECR",
             f"aws s3 cp model.tar.gz {place}",
             f"aws sagemaker create-model --model-name {name} --execution-role-arn $ROLE "
-            f"--primary-container Image={image},ModelDataUrl={place}",
+            f"--primary-container Image={image},ModelDataUrl={place},Environment={{{DIGEST_VARIABLE}={archive.sha256}}}",
             f"aws sagemaker create-endpoint-config --endpoint-config-name {name} --production-variants "
             f"{variant},ContainerStartupHealthCheckTimeoutInSeconds=600",
             f"aws sagemaker create-endpoint --endpoint-name {name} --endpoint-config-name {name}",
@@ -47,19 +47,17 @@ def plan(archives: Sequence[Described], wishes: Wishes) -> Plan:
 
 
 def pack_model(archive: Path, target: Path) -> None:
-    """The files of an archive, as SageMaker unpacks them into /opt/ml/model; equal archives give equal bytes."""
-    with staging.scratch() as folder:
-        unpack(archive, folder / "model")
-        # Weights do not compress: the quickest level.
-        with target.open("wb") as raw, gzip.GzipFile("", "wb", 1, raw, mtime=0) as packed:
-            with tarfile.open(fileobj=packed, mode="w", format=tarfile.PAX_FORMAT) as tar:
-                for path in sorted((folder / "model").rglob("*")):
-                    tar.add(path, path.relative_to(folder / "model").as_posix(), recursive=False, filter=_undated)
+    """The archive, as SageMaker unpacks it into /opt/ml/model; equal archives give equal bytes. The container compares its
+    SHA-256 before it unpacks the rest."""
+    # Weights do not compress: the quickest level.
+    with target.open("wb") as raw, gzip.GzipFile("", "wb", 1, raw, mtime=0) as packed:
+        with tarfile.open(fileobj=packed, mode="w", format=tarfile.PAX_FORMAT) as tar:
+            tar.add(archive, archive.name, filter=_undated)
 
 
 def _undated(info: tarfile.TarInfo) -> tarfile.TarInfo:
     info.mtime, info.uid, info.gid, info.uname, info.gname = 0, 0, 0, "", ""
-    info.mode = 0o755 if info.isdir() else 0o644
+    info.mode = 0o644
     return info
 
 
