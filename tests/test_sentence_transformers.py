@@ -157,6 +157,27 @@ def test_equal_to_encode(name: str, checkpoint: Make, tmp_path: Path) -> None:
         assert np.abs(got - vectors(engine, prompt="")).max() > 0.01  # it matters
 
 
+def test_nothing_behind_a_prompt_that_is_not_pooled(checkpoint: Make, tmp_path: Path) -> None:
+    """Of an empty text a tokenizer without special tokens leaves nothing."""
+    from sentence_transformers import SentenceTransformer
+
+    modes = ("mean_tokens", "mean_sqrt_len_tokens", "weightedmean_tokens", "lasttoken", "cls_token")
+    source = encoder(
+        checkpoint("gpt2", "AutoModel"),
+        tmp_path / "mine",
+        [pooling(*modes, include_prompt=False)],
+        {"prompts": PROMPTS, "default_prompt_name": "query"},
+    )
+    engine = exported(tmp_path / "out", source)
+    [empty, filled] = answers(engine, [Request({"text": text}, {}) for text in ("", "A parcel")])
+    expected = SentenceTransformer(str(source), device="cpu").encode(["", "A parcel"])
+    assert expected[0, :32].any() and not expected[0, 32:].any()  # the first token's, which comes first
+    assert_equal(np.array([empty, filled]), expected)
+    assert engine.task.same(empty[32:], empty[32:]) and not engine.task.same(empty[32:], filled[32:])
+    [refused] = engine.answer([Request({"text": ""}, {"pooling": "max"})])
+    assert isinstance(refused, InvalidRequest) and "no token of its own behind the prompt" in refused.message
+
+
 def test_the_layout_with_a_folder_for_the_model(checkpoint: Make, tmp_path: Path) -> None:
     """As written by sentence-transformers before version 1."""
     from sentence_transformers import SentenceTransformer

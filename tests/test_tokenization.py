@@ -6,7 +6,7 @@ import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Dict, List, Optional, Sequence, Tuple, Type
+from typing import Any, Dict, List, Optional, Sequence, Set, Tuple, Type
 
 import models
 import pytest
@@ -583,10 +583,13 @@ def test_unseen_points_into_the_original_text(tmp_path: Path, text: str, side: s
 @pytest.mark.parametrize("pair", [None, LONG])
 def test_reject_refuses_and_tells_the_counts(written: Dict[str, Written], pair: Optional[str]) -> None:
     error = refusal(written["bert"].open(16), LONG, pair, "reject")
-    count = len(written["bert"].own.encode(LONG, pair).ids)
+    own = written["bert"].own
+    count = len(own.encode(LONG, pair).ids)
     assert isinstance(error, InputTooLong)
     assert (error.status, error.field) == (413, "text")
-    assert f"{count:,} tokens" in error.message and "16" in error.message
+    each = len(own.encode(LONG, add_special_tokens=False).ids)
+    told = f"have {each:,} and {each:,} tokens, {count:,} with" if pair else f"has {count:,} tokens"
+    assert told in error.message and "this model reads 16" in error.message
 
 
 def test_each_request_is_shortened_as_it_asks_and_fails_alone(written: Dict[str, Written]) -> None:
@@ -678,7 +681,8 @@ def test_what_is_rejected_is_the_segment_that_is_cut(
     error = refusal(written["bert"].open(16), words(9), words(8), "reject", cut=cut, limit=limit)
     assert isinstance(error, InputTooLong)
     assert (error.status, error.field) == (413, ("text", "text_pair")[cut or 0])
-    assert f"the text has 20 tokens, special ones included; this model reads {12 if here else 16}" in error.message
+    assert "text and text_pair have 9 and 8 tokens, 20 with special ones; " in error.message
+    assert f"; this model reads {12 if here else 16}" in error.message
     assert ("here;" in error.message) is here
 
 
@@ -696,7 +700,9 @@ def test_windows_are_advised_only_where_they_can_be_had(written: Dict[str, Writt
     rejected = [
         refusal(tokenizer, LONG, how="reject"),
         refusal(tokenizer, LONG, how="reject", limit=10),
-        *(refusal(tokenizer, LONG, LONG, "reject", cut=cut) for cut in (None, 0, 1)),
+        refusal(tokenizer, LONG, words(6), "reject"),
+        refusal(tokenizer, LONG, words(12), "reject", cut=0),
+        refusal(tokenizer, words(12), LONG, "reject", cut=1),
     ]
     for error in rejected:
         assert error.message.endswith('"long_inputs": "truncate"}' + (' or "window"' if windows else ""))
@@ -706,6 +712,25 @@ def test_windows_are_advised_only_where_they_can_be_had(written: Dict[str, Writt
         *(refusal(tokenizer, LONG, LONG, "truncate", cut=cut) for cut in (0, 1)),
     ]
     assert not any("window" in error.message for error in others)
+
+
+@pytest.mark.parametrize(
+    ("segments", "cut", "helps"),
+    [
+        ((words(12), words(12)), None, {"truncate"}),
+        ((words(30), words(13)), 0, set()),
+        ((words(13), words(30)), 1, set()),
+        ((words(13), words(2)), 1, set()),
+    ],
+)
+def test_only_ways_that_help_are_advised(
+    written: Dict[str, Written], segments: Tuple[str, str], cut: Optional[int], helps: Set[str]
+) -> None:
+    tokenizer = written["bert"].open(16)
+    rejected = refusal(tokenizer, *segments, "reject", cut=cut)
+    for how in ("truncate", "window"):
+        [answer] = tokenizer.encode([Segments(*segments, cut=cut)], [how])
+        assert isinstance(answer, Encoded) == (how in helps) == (f'"{how}"' in rejected.message)
 
 
 def test_the_limit_on_windows(written: Dict[str, Written]) -> None:

@@ -34,9 +34,17 @@ ACTIVATIONS: Dict[str, Callable[[np.ndarray], np.ndarray]] = {
 
 
 def pool(hidden: np.ndarray, pooling: str, start: int) -> np.ndarray:
-    """Return the vector of one row; several poolings, joined by +, are concatenated."""
-    start = start if start < len(hidden) else 0
-    return np.concatenate([POOLINGS[name](hidden, start) for name in pooling.split("+")])
+    """Return the vector of one row; several poolings, joined by +, are concatenated.
+
+    Where nothing is left behind the prompt, it is as sentence-transformers' (6.2): the first token's vector, or zeros. Raises
+    InvalidRequest for `max`, which has none.
+    """
+    names = pooling.split("+")
+    if start < len(hidden):
+        return np.concatenate([POOLINGS[name](hidden, start) for name in names])
+    if "max" in names:
+        raise InvalidRequest("the text has no token of its own behind the prompt", "text")
+    return np.concatenate([hidden[0] if name == "cls" else np.zeros_like(hidden[0]) for name in names])
 
 
 def normalized(vectors: np.ndarray) -> np.ndarray:

@@ -166,9 +166,10 @@ class FeatureExtraction(Task):
         return next((i for i, own in enumerate(special) if not own), 0) + len(self.tokenizer.token_ids(prompt))
 
     def same(self, answer: Json, other: Json) -> bool:
-        """Require a cosine above 0.999 for every vector."""
+        """Require a cosine above 0.999 for every vector; one of zeros has none."""
         one, two = (np.atleast_2d(np.squeeze(np.asarray(a, dtype=np.float64))) for a in (answer, other))
         if one.shape != two.shape:
             return False
-        norms = np.linalg.norm(one, axis=-1) * np.linalg.norm(two, axis=-1)
-        return bool(np.all((one * two).sum(axis=-1) > 0.999 * norms))
+        lengths, others = (np.linalg.norm(vectors, axis=-1) for vectors in (one, two))
+        close = (one * two).sum(axis=-1) > 0.999 * lengths * others
+        return bool(np.all(close | ((lengths == 0) & (others == 0))))

@@ -194,8 +194,7 @@ class TextTokenizer:
         length = len(encoding)
         self._check_any(segments, length)
         if length > self._limit(segments):
-            self._check_shortened(segments, length, how)
-            return self._shorten(segments, self._encode_bare([segments])[0], how)
+            return self._shorten(segments, self._encode_bare([segments])[0], length, how)
         tokens = length - self._special(segments)
         first = tokens if segments.pair is None else sum(number == 0 for number in encoding.sequence_ids)
         return Encoded([Row(encoding, length, tokens, first)])
@@ -205,8 +204,7 @@ class TextTokenizer:
         length = sum(len(each) for each in bare if each is not None) + self._special(segments)
         self._check_any(segments, length)
         if length > self._limit(segments):
-            self._check_shortened(segments, length, how)
-            return self._shorten(segments, bare, how)
+            return self._shorten(segments, bare, length, how)
         return Encoded([self._row(segments, *bare)])
 
     def _check_any(self, segments: Segments, length: int) -> None:
@@ -234,26 +232,37 @@ class TextTokenizer:
         named = next((name for name, text in texts if self._infilling in text), None)
         return None if named is None else InvalidRequest(f"{self._infilling} is not filled here; leave it out", named)
 
-    def _check_shortened(self, segments: Segments, length: int, how: str) -> None:
-        """Raise InputTooLong if segments of this length must not be shortened."""
-        limit = self._limit(segments)
-        name = segments.fields[segments.cut or 0]
-        if how == "reject":
-            raise InputTooLong(
-                f"the text has {length:,} tokens, special ones included; this model reads {limit:,}"
-                + ("" if limit == self._max_length else " here")
-                + '; shorten it, or ask for "parameters": {"long_inputs": "truncate"}'
-                + (' or "window"' if self._windows else ""),
-                name,
-            )
-
-    def _shorten(self, segments: Segments, bare: Bare, how: str) -> Encoded:
+    def _shorten(self, segments: Segments, bare: Bare, length: int, how: str) -> Encoded:
+        """Make rows of segments with so many tokens, special ones included, which are more than a row may have."""
         limit = self._limit(segments)
         room = limit - self._special(segments)
+        if how == "reject":
+            raise self._rejection(segments, bare, length, room)
         if room < 1:
             name = segments.fields[segments.cut or 0]
             raise InputTooLong(f"this model reads {limit} tokens, which special ones fill alone", name)
+        if not _leaves_room(segments, bare, room, how):
+            raise self._no_room(segments, *bare, room)
         return (self._truncate if how == "truncate" else self._window)(segments, *bare, room)
+
+    def _rejection(self, segments: Segments, bare: Bare, length: int, room: int) -> InputTooLong:
+        """Return the error for a request that wants nothing shortened, with the ways that would help."""
+        first, second = bare
+        if second is None:
+            have, shorten = f"the text has {length:,} tokens, special ones included", "shorten it"
+        else:
+            names = " and ".join(segments.fields[:2])
+            have = f"{names} have {len(first):,} and {len(second):,} tokens, {length:,} with special ones"
+            shorten = "shorten them"
+        advice = ""
+        if _leaves_room(segments, bare, room, "truncate"):
+            windows = self._windows and _leaves_room(segments, bare, room, "window")
+            advice = ', or ask for "parameters": {"long_inputs": "truncate"}' + (' or "window"' if windows else "")
+        limit = self._limit(segments)
+        return InputTooLong(
+            f"{have}; this model reads {limit:,}{'' if limit == self._max_length else ' here'}; {shorten}{advice}",
+            segments.fields[segments.cut or 0],
+        )
 
     def _encode_bare(self, requests: Sequence[Segments]) -> List[Bare]:
         """Encode each request's segments without special tokens or post-processing, which follow for each row.
@@ -283,8 +292,6 @@ class TextTokenizer:
             kept = (room - len(second), len(second))
         else:
             kept = (len(first), room - len(first))
-        if segments.cut is not None and kept[segments.cut] < 1:
-            raise self._no_room(segments, first, second, room)
         unseen = {}
         cut: List[Optional[Encoding]] = [first, second]
         for i, (name, text, encoding, keep) in enumerate(zip(segments.fields, segments[:2], (first, second), kept)):
@@ -301,14 +308,10 @@ class TextTokenizer:
 
     def _window(self, segments: Segments, first: Encoding, second: Optional[Encoding], room: int) -> Encoded:
         """Make windows over one segment, by default the longer; the other is in each window."""
-        cut = segments.cut
-        if cut is None:
-            cut = int(second is not None and len(second) > len(first))
+        cut = _cut_of(segments, (first, second))
         longer, shorter = (second, first) if cut else (first, second)
         assert longer is not None
         if shorter is not None:
-            if len(shorter) > (room // 2 if segments.cut is None else room - 1):
-                raise self._no_room(segments, first, second, room)
             room -= len(shorter)
         # A short window advances by half, not by the token or two that a long stride would leave.
         stride = segments.stride if segments.stride < room else room // 2
@@ -332,8 +335,7 @@ class TextTokenizer:
 
     def _no_room(self, segments: Segments, first: Encoding, second: Optional[Encoding], room: int) -> InputTooLong:
         """Return the error for a whole segment that leaves too little room for the truncated one."""
-        cut = segments.cut if segments.cut is not None else int(len(second or ()) > len(first))
-        most = room // 2 if segments.cut is None else room - 1
+        cut, most = _cut_of(segments, (first, second)), _most_of_the_other(segments, room)
         advice = ', or ask for "parameters": {"long_inputs": "truncate"}' if segments.cut is None else ""
         return InputTooLong(
             f"{segments.fields[0]} and {segments.fields[1]} have {len(first):,} and {len(second or ()):,} tokens; one of "
@@ -345,6 +347,26 @@ class TextTokenizer:
         assert first is not None
         encoding = self._tokenizer.post_process(first, second, segments.special)
         return Row(encoding, len(encoding), len(first) + (0 if second is None else len(second)), len(first), start)
+
+
+def _cut_of(segments: Segments, bare: Bare) -> int:
+    """Return which of the segments is shortened, by default the longer."""
+    first, second = bare
+    return int(second is not None and len(second) > len(first)) if segments.cut is None else segments.cut
+
+
+def _most_of_the_other(segments: Segments, room: int) -> int:
+    """Return how many tokens the segment that is not shortened may have."""
+    return room // 2 if segments.cut is None else room - 1
+
+
+def _leaves_room(segments: Segments, bare: Bare, room: int, how: str) -> bool:
+    """Return whether the segments can be shortened so: where one of them stays whole, it must leave room for the other."""
+    first, second = bare
+    if second is None or (segments.cut is None and how == "truncate"):
+        return room > 0
+    other = first if _cut_of(segments, bare) else second
+    return len(other) <= _most_of_the_other(segments, room)
 
 
 def _check_known(rows: Sequence[Row], segments: Segments, embeddings: int) -> None:
