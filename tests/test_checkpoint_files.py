@@ -112,6 +112,43 @@ def test_json_that_is_none(checkpoint: Make, tmp_path: Path) -> None:
         fetch("mine", tmp_path)
 
 
+@pytest.mark.parametrize("trusted", [False, True])
+@pytest.mark.parametrize(
+    "content",
+    [
+        {"_attn_implementation": "evil/kernel"},
+        {"attn_implementation": "evil/kernel@main:run"},
+        {"_attn_implementation_internal": "flash|evil/kernel"},
+        {"attn_implementation": {"text_config": "evil/kernel"}},
+        {"text_config": {"vision": [{"_attn_implementation": "kernels-community/evil"}]}},
+    ],
+)
+def test_a_kernel_of_the_hub(content: Dict[str, Any], trusted: bool, checkpoint: Make, tmp_path: Path) -> None:
+    """transformers runs it without trust_remote_code: CVE-2026-4372."""
+    folder = copied(checkpoint, tmp_path / "mine", "bert")
+    edit(folder / "config.json", **content)
+    with pytest.raises(
+        SourceError, match="mine: its config.json names '.*' as its attention, .* code of the hub; remove"
+    ):
+        fetch("mine", tmp_path, trust_remote_code=trusted)
+
+
+def test_attention_of_transformers_own(checkpoint: Make, tmp_path: Path) -> None:
+    folder = copied(checkpoint, tmp_path / "mine", "bert")
+    edit(folder / "config.json", _attn_implementation="flash_attention_2", attn_implementation=None)
+    edit(folder / "config.json", _attn_implementation_autoset=True, text_config={"_attn_implementation": "sdpa"})
+    assert fetch("mine", tmp_path).folder == folder
+
+
+def test_another_configuration_by_version(checkpoint: Make, tmp_path: Path) -> None:
+    folder = copied(checkpoint, tmp_path / "mine", "bert")
+    edit(folder / "config.json", configuration_files=["config.4.0.0.json"])
+    with pytest.raises(
+        SourceError, match="mine: its config.json has configuration_files, .* rename the file that fits"
+    ):
+        fetch("mine", tmp_path)
+
+
 def test_setfit(checkpoint: Make, tmp_path: Path) -> None:
     folder = copied(checkpoint, tmp_path / "mine", "bert")
     (folder / "model_head.pkl").write_bytes(b"")

@@ -322,6 +322,7 @@ SAFE = {
     "openvino/openvino_model.bin": b"openvino",
 }
 TAGGER = b'{"model_type": "bert", "architectures": ["BertForTokenClassification"]}'
+KERNEL = b'{"model_type": "bert", "_attn_implementation": "evil/kernel"}'
 INFERENCE = b"""{"model_type": "bert", "architectures": ["BertForSequenceClassification"],
 "id2label": {"0": "contradiction", "1": "entailment"}}"""
 CARD = b"---\npipeline_tag: zero-shot-classification\n---\n# Card"
@@ -345,6 +346,7 @@ REPOSITORIES = {
     "org/empty": Repository({"main": ONE}, {ONE: {"README.md": b"# Nothing"}}),
     "plain": Repository({"main": TWO}, {TWO: SAFE}),
     "org/tagger": Repository({"main": ONE}, {ONE: {**SAFE, "config.json": TAGGER}}),
+    "org/kernel": Repository({"main": ONE}, {ONE: {**SAFE, "config.json": KERNEL}}),
     "org/inference": Repository({"main": ONE}, {ONE: {**SAFE, "config.json": INFERENCE, "README.md": CARD}}),
 }
 
@@ -524,6 +526,11 @@ def test_hub_a_wrong_head_before_its_weights(hub: Hub, fetch: Fetch) -> None:
     assert 'set "task": "token_classification"' in fetch("org/tagger", task="fill_mask")["error"]
     assert hub.files == sorted(FETCHED)
     assert fetch("org/tagger", task="auto")["task"] == "token_classification"
+
+
+def test_hub_code_of_another_repository_before_the_weights(hub: Hub, fetch: Fetch) -> None:
+    assert "names 'evil/kernel' as its attention" in fetch("org/kernel")["error"]
+    assert hub.files == sorted(FETCHED)
 
 
 def test_hub_a_card_may_say_the_task(hub: Hub, fetch: Fetch) -> None:

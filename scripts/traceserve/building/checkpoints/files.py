@@ -74,6 +74,10 @@ _CHECKPOINT = re.compile(r"checkpoint-(\d+)$")
 # The modules in a pickle of weights; a whole model names its own classes.
 _OF_WEIGHTS = ("torch", "collections", "numpy", "_codecs", "builtins", "__builtin__")
 _PICKLED_MODELS = ("*.pt", "*.pth", "*.pkl", "*.pickle", "*.ckpt", "*.bin")
+# config.json's keys for the implementation of attention, and a name of one. With a slash, transformers 4.56 and later
+# download a kernel from the hub and run it (CVE-2026-4372), whatever trust_remote_code says.
+_ATTENTION_KEYS = ("attn_implementation", "_attn_implementation", "_attn_implementation_internal")
+_ATTENTION_NAME = re.compile(r"\w+")
 _SEVERAL = 5  # pickles in a file in the format before torch 1.6: headers and the object
 
 
@@ -141,6 +145,35 @@ def check_json(folder: Path) -> None:
     """Raise SourceError for unreadable JSON."""
     for path in sorted(folder.glob("*.json")):
         read_json(path)
+
+
+def check_configuration(folder: Path, name: str) -> None:
+    """Raise SourceError for a config.json by which transformers would run code of the hub, or read another file instead."""
+    content = read_json(folder / "config.json")
+    for value in _attention(content):
+        if not _ATTENTION_NAME.fullmatch(value):
+            raise SourceError(
+                f"{name}: its config.json names {value!r} as its attention, which transformers would download and run as code "
+                f"of the hub; remove {' or '.join(_ATTENTION_KEYS[:2])} from a copy of the checkpoint"
+            )
+    if isinstance(content, dict) and "configuration_files" in content:
+        raise SourceError(
+            f"{name}: its config.json has configuration_files, which lets transformers read another file in its place, by its "
+            "own version; rename the file that fits to config.json, without that key"
+        )
+
+
+def _attention(configuration: object) -> Iterator[str]:
+    """Yield the implementations of attention in a configuration, those of models inside it too."""
+    waiting = [(configuration, False)]
+    while waiting:
+        content, named = waiting.pop()
+        if isinstance(content, dict):
+            waiting += [(value, named or key in _ATTENTION_KEYS) for key, value in content.items()]
+        elif isinstance(content, list):
+            waiting += [(value, named) for value in content]
+        elif named and isinstance(content, str):
+            yield content
 
 
 def check_pickles(folder: Path, name: str) -> None:

@@ -119,6 +119,7 @@ def _from_hub(config: SetupConfig, folder: Path) -> Checkpoint:
             if adapters.is_one(small):
                 adapters.check_adapter(small, config.model_name)
             else:
+                files.check_configuration(small, config.model_name)
                 task.check_early(config, small)
             snapshot = download(SMALL_FILES + SAFETENSORS + code)
             if not any(snapshot.glob("*.safetensors")):
@@ -200,6 +201,7 @@ def _check_whole(folder: Path, config: SetupConfig, kind: str) -> None:
             + files.pickled_models(folder)
         )
     files.check_json(folder)
+    files.check_configuration(folder, config.model_name)
     again = f"`hf download {config.model_name} --force-download` downloads it again" if kind == "hub" else _AGAIN
     weight_files.check_weights(folder, config.model_name, again)
     files.check_pickles(folder, config.model_name)
