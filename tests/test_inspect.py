@@ -10,6 +10,7 @@ import shutil
 import struct
 import subprocess
 import sys
+import tracemalloc
 import zipfile
 from pathlib import Path
 from typing import Any, Callable, Dict, List, Optional, Sequence
@@ -18,7 +19,8 @@ import pytest
 from conftest import run_export
 from traceserve import cli
 from traceserve.archives.archive import pack_archive
-from traceserve.archives.contents import unpack
+from traceserve.archives.contents import read_manifest, unpack
+from traceserve.archives.listing import list_files
 from traceserve.building.checkpoints import licenses
 from traceserve.building.checkpoints.checkpoint import Checkpoint
 from traceserve.checking import packages_here
@@ -167,6 +169,36 @@ def test_a_document_of_any_size_is_not_read(tmp_path: Path) -> None:
         sink.writestr("traceserve.json", b" " * (17 << 20))
     with pytest.raises(ArchiveError, match="traceserve.json has 17,825,792 bytes, and at most 16,777,216 are read"):
         inspect_archive(tmp_path / "x.mar")
+    with pytest.raises(ArchiveError, match="traceserve.json has 17,825,792 bytes, and at most 16,777,216 are read"):
+        read_manifest(tmp_path / "x.mar")
+
+
+@pytest.mark.parametrize("read", [read_manifest, list_files, unpack])
+@pytest.mark.parametrize("name", ["traceserve.json", "traced_model.pt"])
+@pytest.mark.parametrize(
+    "method, told", [(zipfile.ZIP_DEFLATED, "is damaged"), (zipfile.ZIP_BZIP2, r"another method \(12\) than stored")]
+)
+def test_a_file_that_would_take_all_memory_is_read_no_further(
+    method: int, told: str, name: str, read: Callable[..., object], mar: Path, tmp_path: Path
+) -> None:
+    """A few bytes of zeros, declared as long as the file in whose place they are."""
+    bomb = tmp_path / "bomb.mar"
+    with zipfile.ZipFile(mar) as source, zipfile.ZipFile(bomb, "w") as sink:
+        for info in source.infolist():
+            if info.filename != name:
+                sink.writestr(info.filename, source.read(info))
+        sink.writestr(name, bytes(200 << 20), method)
+        sink.getinfo(name).file_size = source.getinfo(name).file_size  # as the directory declares it
+    tracemalloc.start()
+    try:
+        if read is read_manifest and name != "traceserve.json":
+            read_manifest(bomb)
+        else:
+            with pytest.raises(ArchiveError, match=told):
+                read(bomb, *([tmp_path / "folder"] if read is unpack else []))
+        assert tracemalloc.get_traced_memory()[1] < 50 << 20
+    finally:
+        tracemalloc.stop()
 
 
 def test_a_size_that_lies_is_refused(mar: Path, tmp_path: Path) -> None:

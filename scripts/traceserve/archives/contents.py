@@ -32,6 +32,8 @@ EPOCH = (1980, 1, 1, 0, 0, 0)  # the earliest date in a zip
 # Archives are stored, or deflated by hand: texts may shrink much, weights hardly.
 _LARGEST_GROWTH, _ALWAYS_ALLOWED = 8, 64 << 20
 _MOST_FILES = 10_000
+LARGEST_DOCUMENT = 16 << 20  # bytes, of a JSON or YAML file that is parsed
+_METHODS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)  # zipfile unpacks others whole, whatever their declared size
 # zipfile's exceptions for files that are not zips, are truncated, or have a changed byte: in names, sizes, methods,
 # flags or data. (RuntimeError, the base of NotImplementedError, is for an unknown method or encryption.)
 DAMAGED = (
@@ -98,7 +100,7 @@ def wrong_in_torchserves_manifest(content: bytes, manifest: Manifest) -> str:
 
 def checked_members(path: Path, archive: zipfile.ZipFile) -> Dict[str, zipfile.ZipInfo]:
     """Return an archive's files by name; raises ArchiveError for a hostile list: more files than any of ours has, one twice,
-    a name that leads out of the folder, or sizes beyond what such an archive can hold."""
+    a name that leads out of the folder, a method that ours never have, or sizes beyond what such an archive can hold."""
     check_count(path, sum(not info.is_dir() for info in archive.infolist()))
     members: Dict[str, zipfile.ZipInfo] = {}
     for info in archive.infolist():
@@ -109,10 +111,26 @@ def checked_members(path: Path, archive: zipfile.ZipFile) -> Dict[str, zipfile.Z
             )
         if name in members:
             raise ArchiveError(f"{path} holds the file {name} twice; build the archive again")
+        _check_method(path, info)
         if not info.is_dir():
             members[name] = info
     _check_growth(path, {name: info.file_size for name, info in members.items()})
     return members
+
+
+def _check_method(path: Path, info: zipfile.ZipInfo) -> None:
+    """Raise ArchiveError for a file that could take more memory than its declared size."""
+    if info.compress_type not in _METHODS:
+        raise ArchiveError(
+            f"{path} holds {info.filename}, compressed by another method ({info.compress_type}) than stored or deflated, which "
+            "no archive of traceserve has; build it, or copy it, again"
+        )
+
+
+def check_document(path: Path, name: str, size: int) -> None:
+    """Raise ArchiveError for a document of more bytes than are parsed."""
+    if size > LARGEST_DOCUMENT:
+        raise ArchiveError(f"{path}: {name} has {size:,} bytes, and at most {LARGEST_DOCUMENT:,} are read")
 
 
 def _check_growth(path: Path, sizes: Mapping[str, int]) -> None:
@@ -168,10 +186,14 @@ def read_serving(path: Path) -> Serving:
 
 
 def _read(path: Path, name: str) -> bytes:
-    """Read one file of an archive."""
+    """Read one document of an archive."""
     try:
         with zipfile.ZipFile(path) as file:
-            return file.read(name)
+            info = file.getinfo(name)
+            _check_method(path, info)
+            check_document(path, name, info.file_size)
+            with file.open(info) as stream:
+                return stream.read(info.file_size)  # without a number zipfile unpacks all before it counts
     except DAMAGED as error:
         raise damaged(path, error) from None
 

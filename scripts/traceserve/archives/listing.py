@@ -20,6 +20,7 @@ from traceserve.archives.contents import (
     ARCHIVER_MANIFEST,
     DAMAGED,
     check_count,
+    check_document,
     checked_members,
     damaged,
     is_our_own,
@@ -29,7 +30,6 @@ from traceserve.errors import ArchiveError
 
 # How a file differs from the manifest.
 MISSING, CHANGED, UNHASHED, UNKNOWN = "missing", "changed", "unhashed", "unknown"
-LARGEST_DOCUMENT = 16 << 20  # bytes, of a JSON or YAML file that is parsed
 _BLOCK = 1 << 20
 
 Open = Callable[[str], IO[bytes]]
@@ -117,10 +117,9 @@ def _listed(path: Path, size: int, sizes: Mapping[str, int], open_file: Open, do
 
 
 def _small(path: Path, name: str, size: int, open_file: Open) -> bytes:
-    if size > LARGEST_DOCUMENT:
-        raise ArchiveError(f"{path}: {name} has {size:,} bytes, and at most {LARGEST_DOCUMENT:,} are read")
+    check_document(path, name, size)
     with open_file(name) as stream:
-        return stream.read(LARGEST_DOCUMENT)
+        return stream.read(size)
 
 
 def _hash(open_file: Open, name: str) -> str:
