@@ -28,6 +28,7 @@ from traceserve.checking.inspection import inspect_archive
 from traceserve.checking.packages_here import PackageHere, packages_of
 from traceserve.errors import ArchiveError
 from traceserve_runtime import processor
+from traceserve_runtime.errors import InvalidManifest
 from traceserve_runtime.manifest import Manifest, sealed
 
 
@@ -246,6 +247,39 @@ def test_receipts(mar: Path, tmp_path: Path) -> None:
     drifted = rewritten(mar, tmp_path / "drift.mar", with_receipt(passed=False, answers_changed=7))
     assert codes(drifted) == ["drift"]
     assert "7 of " in next(f.message for f in inspect_archive(drifted).findings if f.code == "drift")
+
+
+@pytest.mark.parametrize(
+    "changed, told",
+    [
+        ({"license": 5}, "receipt.license should be an object"),
+        ({"license": {}}, "receipt.license.name should be a text"),
+        ({"in_float32": 7}, "receipt.in_float32 should be a list"),
+        ({"in_float32": [{}]}, "receipt.in_float32[0] should be a text"),
+        ({"limits": []}, "receipt.limits should be an object"),
+        ({"limits": {"difference": "x"}}, "receipt.limits.difference should be a number"),
+        ({"largest_difference": "x"}, "receipt.largest_difference should be a number"),
+        ({"along_texts": {}}, "receipt.along_texts.tokens should be a whole number"),
+        ({"variants": 5}, "receipt.variants should be a list"),
+        ({"answers": True}, "receipt.answers should be a whole number"),
+        ({"own_answers": 1, "own_answers_changed": None}, "receipt.own_answers_changed should be a whole number"),
+    ],
+)
+def test_a_receipt_that_no_build_wrote(
+    changed: Dict[str, Any], told: str, mar: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["inspect", str(rewritten(mar, tmp_path / "x.mar", with_receipt(**changed)))]) == 2
+    assert f"traceserve.json: {told}; build the archive again" in " ".join(capsys.readouterr().err.split())
+
+
+def test_a_compiled_model_that_no_build_wrote(mar: Path, tmp_path: Path) -> None:
+    for runtime, told in (
+        ({"instructions": 5}, "instructions should be a list"),
+        ({"machine": 5}, "machine should be a text"),
+    ):
+        archive = rewritten(mar, tmp_path / "x.mar", lambda d, runtime=runtime: sealed({**d, "runtime": runtime}))
+        with pytest.raises(InvalidManifest, match=f"runtime.{told}"):
+            inspect_archive(archive)
 
 
 def test_labels_of_one_name_are_found(mar: Path, tmp_path: Path) -> None:

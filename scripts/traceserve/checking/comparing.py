@@ -23,6 +23,7 @@ from traceserve.building.gate.texts import TEXTS
 from traceserve.building.progress import Progress
 from traceserve.building.samples import OwnSamples
 from traceserve.checking.answering import Answered, Told, ask_in_a_process
+from traceserve.checking.free_form import check_free_form
 from traceserve.errors import ArchiveError, some
 from traceserve.machine import space
 
@@ -108,6 +109,8 @@ def compare_archives(
     with staging.scratch() as scratch:
         folders = [_unpacked(path, scratch / side / path.stem) for side, path in (("a", one), ("b", other))]
         manifests = [Manifest.read(folder) for folder in folders]
+        for manifest in manifests:
+            check_free_form(manifest)
         if manifests[0].task != manifests[1].task:
             raise ArchiveError(
                 f"{one} is a {manifests[0].task}, and {other} a {manifests[1].task}: they cannot be asked the same"

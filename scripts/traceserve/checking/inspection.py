@@ -29,6 +29,7 @@ from traceserve.archives.listing import (
 )
 from traceserve.archives.model_config import SERVING_FILE, Serving
 from traceserve.building.checkpoints.labels import same_labels
+from traceserve.checking.free_form import check_free_form
 from traceserve.checking.packages_here import PackageHere, packages_of
 from traceserve.deploying import resources
 from traceserve.deploying.described import Described
@@ -147,6 +148,7 @@ def _inspected(path: Path) -> Inspection:
     listing = list_files(path, (SERVING_FILE, ARCHIVER_MANIFEST))
     document = dict(listing.manifest)
     manifest = Manifest.from_json(_resealed(document))
+    check_free_form(manifest)
     packages = tuple(packages_of(manifest))
     found = [
         *_of_the_digest(document),

@@ -123,7 +123,7 @@ def _receipt(receipt: Mapping[str, Any]) -> str:
     passed = "passed" if receipt.get("passed") else "did not pass"
     what, judged = "answers", ""
     if receipt.get("own_answers"):
-        judged = f", {receipt['own_answers_changed']} of {receipt['own_answers']} of your own"
+        judged = f", {receipt.get('own_answers_changed', 0)} of {receipt['own_answers']} of your own"
     if "along_texts" in receipt:
         what, along = "texts", receipt["along_texts"]
         own = (
