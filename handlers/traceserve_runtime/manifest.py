@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import re
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Dict, Iterable, Mapping, Optional, Tuple, Type, TypeVar, Union, get_type_hints
@@ -21,6 +22,7 @@ from traceserve_runtime.errors import InvalidManifest
 MANIFEST_FILE = "traceserve.json"
 SCHEMA = 5
 DEFAULT_VERSION = "1.0"  # of an archive whose configuration names none
+VERSION = r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$"  # safe in a URL, a folder's name, a command and an image's tag
 OLDEST = 3  # keys that later ones added have defaults
 _SEALED = 4  # the first with a digest
 HANDLER_FILE = "transformer_handler.py"
@@ -235,6 +237,7 @@ class Manifest:
             (self.model_file not in self.files, f"files lacks the model, {self.model_file}"),
             (self.tokenizer.file not in self.files, f"files lacks the tokenizer, {self.tokenizer.file}"),
             (self.tokenizer.pieces not in (None, *self.files), f"files lacks the tokenizer's {self.tokenizer.pieces}"),
+            (not re.fullmatch(VERSION, self.version), "version should be 1 to 64 letters, digits, _ . and -, as 1.0"),
             (not all(map(is_inside, self.files)), "files should name files of the archive, such as folder/name"),
         ):
             if wrong:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+from traceserve_runtime.manifest import VERSION
+
 from traceserve.errors import ArchiveError
 
 STORE = Path("model_store")  # the usual folder of archives
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
-VERSION = r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$"  # safe in a URL
 
 
 def check_name(name: str) -> str:

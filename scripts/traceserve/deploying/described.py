@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import List, Sequence, Tuple
 
+from packaging.version import InvalidVersion, Version
 from traceserve_runtime.json_types import JsonObject
 from traceserve_runtime.manifest import MANIFEST_FILE, Manifest, sha256
 from traceserve_runtime.tasks import TASKS
@@ -15,6 +16,8 @@ from traceserve.archives.contents import ARCHIVER_MANIFEST, read_manifest, read_
 from traceserve.archives.listing import CHANGED, UNHASHED, UNKNOWN, differences, list_files, wrong_for_torchserve
 from traceserve.archives.model_config import Serving
 from traceserve.archives.names import check_name
+from traceserve.building.config.hardware import HARDWARE
+from traceserve.building.config.save_modes import SAVE_MODES
 from traceserve.errors import ArchiveError, DeployError
 
 
@@ -48,6 +51,7 @@ def describe(files: Sequence[Path]) -> Tuple[Described, ...]:
     for file in files:
         manifest, serving = read_manifest(file), read_serving(file)
         name = check_name(file.stem)
+        _check_known(file, manifest)
         _check_whole(file, manifest)
         for other in found:
             if other.name == name:
@@ -60,6 +64,23 @@ def describe(files: Sequence[Path]) -> Tuple[Described, ...]:
         found.append(Described(file, name, sha256(file), file.stat().st_size, unpacked, manifest, serving, canary))
     _check_together(found)
     return tuple(found)
+
+
+def _check_known(file: Path, manifest: Manifest) -> None:
+    """Raise DeployError for what no archive says that this traceserve can serve."""
+    for what, value, known in (
+        ("task", manifest.task, TASKS),
+        ("save mode", manifest.save_mode, SAVE_MODES),
+        ("hardware", manifest.hardware, HARDWARE),
+    ):
+        if value not in known:
+            raise DeployError(f"{file} has the {what} {value!r}, and this traceserve knows {', '.join(known)}")
+    try:
+        torch_version(manifest)
+    except InvalidVersion:
+        raise DeployError(
+            f"{file} was built with torch {manifest.versions['torch']!r}, which is no version; build it again"
+        ) from None
 
 
 def _check_whole(file: Path, manifest: Manifest) -> None:
@@ -92,5 +113,7 @@ def _check_together(found: Sequence[Described]) -> None:
 
 
 def torch_version(manifest: Manifest) -> str:
-    """The torch that the archive was built with, without the mark of its build (+cpu)."""
-    return manifest.versions.get("torch", "").partition("+")[0]
+    """The torch that the archive was built with, without the mark of its build (+cpu); empty if it does not say. Raises
+    InvalidVersion."""
+    torch = manifest.versions.get("torch", "")
+    return Version(torch).public if torch else ""

@@ -7,12 +7,11 @@ from pathlib import Path
 from typing import Any, Dict, List, Optional, Union
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
-from traceserve_runtime.manifest import DEFAULT_VERSION
+from traceserve_runtime.manifest import DEFAULT_VERSION, VERSION
 from traceserve_runtime.tasks import TASKS
 from traceserve_runtime.texts.tokenization import LONG_INPUTS
 from typing_extensions import Literal
 
-from traceserve.archives.names import VERSION
 from traceserve.building.config import dtypes, task_names
 from traceserve.building.config.hardware import HARDWARE
 from traceserve.building.config.libraries import LIBRARIES

@@ -54,7 +54,7 @@ def chart_files(archives: Sequence[Described], wishes: Wishes) -> Tuple[File, ..
         "kubernetes/Chart.yaml",
         chart=name,
         description=templates.flow(f"Serves {', '.join(each.name for each in archives)}"),
-        version=archives[0].version,
+        version=templates.flow(archives[0].version),
     )
     static = sorted(path.name for path in Path(templates.FOLDER, _STATIC).iterdir())
     return (
