@@ -25,6 +25,7 @@ from typing import Any, AsyncIterator, Awaitable, Callable, Dict, List, NamedTup
 import pytest
 from conftest import run_export
 from traceserve.archives.archive import pack_archive
+from traceserve.errors import ArchiveError
 from traceserve.serving.keys import write_key
 from traceserve_hosts import asgi, fetching, libraries, loading, ray_config, reason_in, sagemaker, web
 from traceserve_hosts.asgi import Application, Limits, Message, Scope, key_from_environment
@@ -34,7 +35,7 @@ from traceserve_runtime import service as core
 from traceserve_runtime.batching.batches import Stats
 from traceserve_runtime.engine import Engine, Work
 from traceserve_runtime.errors import InvalidManifest
-from traceserve_runtime.manifest import sha256
+from traceserve_runtime.manifest import Manifest, sha256
 from traceserve_runtime.protocols.bodies import Headers
 from traceserve_runtime.service import Call, Exchange, Service, Session
 from traceserve_runtime.tasks import TASKS
@@ -1325,6 +1326,32 @@ def test_an_archive_is_unpacked_once(packed: Path) -> None:
     assert (folder / "traceserve.json").stat().st_ino == before
     packed.unlink()  # with the hash, what was fetched needs no address
     assert fetching.fetch_archive(str(packed), folder.name) == folder
+
+
+def test_an_archive_that_is_exchanged_after_it_was_hashed_is_not_unpacked(
+    folders: Dict[str, Path], packed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its folder is named by the SHA-256, by which others find it later."""
+    (tmp_path / "other").mkdir()
+    other = pack_archive(folders["sequence_classification"], "small", tmp_path / "other", "2.0").read_bytes()
+    meant, unpack = sha256(packed), fetching.unpack
+
+    def exchanged(archive: Path, folder: Path) -> None:
+        packed.write_bytes(other)
+        unpack(archive, folder)
+
+    monkeypatch.setattr(fetching, "unpack", exchanged)
+    assert Manifest.read(fetching.fetch_archive(str(packed), meant)).version == "1.0"
+
+    def hashed(file: Path) -> str:
+        digest = sha256(file)
+        packed.write_bytes(whole)
+        return digest
+
+    whole = packed.read_bytes() + b"x"
+    monkeypatch.setattr(fetching, "sha256", hashed)
+    with pytest.raises(ArchiveError, match="small.mar was changed while it was read"):
+        fetching.fetch_archive(str(packed))
 
 
 def test_another_archive_than_was_meant_is_refused(packed: Path) -> None:

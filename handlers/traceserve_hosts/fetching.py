@@ -18,7 +18,7 @@ from urllib.parse import urlsplit, urlunsplit
 from traceserve.archives import signing, staging
 from traceserve.archives.contents import unpack
 from traceserve.errors import ArchiveError
-from traceserve.machine import user_folders
+from traceserve.machine import space, user_folders
 from traceserve_runtime.errors import TraceserveError, reason
 from traceserve_runtime.manifest import sha256
 
@@ -49,7 +49,7 @@ def fetch_archive(address: str, expected: Optional[str] = None, trusted: Optiona
             if _is_whole(cache / expected):
                 return cache / expected
     if "://" not in address:
-        return _unpacked(Path(address), cache, expected, address)
+        return _unpacked(Path(address), cache, expected, address, private=False)
     with staging.scratch() as scratch:
         return _unpacked(_downloaded(address, scratch / "archive.mar"), cache, expected, address)
 
@@ -71,7 +71,7 @@ def _signed_copy(address: str, scratch: Path, trusted: str) -> Path:
     return signing.copy_verified(archive, signing.signature_file(archive), scratch / archive.name, check)
 
 
-def _unpacked(archive: Path, cache: Path, expected: Optional[str], address: str) -> Path:
+def _unpacked(archive: Path, cache: Path, expected: Optional[str], address: str, private: bool = True) -> Path:
     if not archive.is_file():
         raise ArchiveError(f"there is no archive at {address}")
     found = sha256(archive)
@@ -83,9 +83,21 @@ def _unpacked(archive: Path, cache: Path, expected: Optional[str], address: str)
     with _alone(cache, found):
         if not _is_whole(target):
             with staging.staged(target) as folder:
-                unpack(archive, folder / target.name)
+                unpack(archive if private else _private_copy(archive, folder, found), folder / target.name)
                 _note_sizes(folder / target.name)
     return target
+
+
+def _private_copy(archive: Path, folder: Path, digest: str) -> Path:
+    """A copy with this SHA-256: whoever may write the archive could exchange it between hashing and unpacking."""
+    copy, what = folder / "archive.mar", f"a private copy of {archive.name}"
+    size = archive.stat().st_size
+    space.require_space(folder, size, what)
+    with space.Needed(folder, size, what):
+        shutil.copyfile(archive, copy)
+    if sha256(copy) != digest:
+        raise ArchiveError(f"{archive} was changed while it was read; take an archive that nobody writes to")
+    return copy
 
 
 def _note_sizes(folder: Path) -> None:
