@@ -134,12 +134,13 @@ def _bench(options: argparse.Namespace) -> int:
             lambda what, share: bar(what, int(1000 * share), 1000),
             _measure_peak if any(asked.arithmetic for asked in measured) else None,
         )
-    # First of all: whoever reads what is printed may stop reading.
-    if options.json:
-        staging.write_whole(options.json, json.dumps(document, indent=1, ensure_ascii=False) + "\n")
-    if options.html:
-        staging.write_whole(options.html, page.page(document))
-    _print_bench(document)
+    try:  # the files first: whoever reads what is printed may stop reading
+        if options.json:
+            staging.write_whole(options.json, json.dumps(document, indent=1, ensure_ascii=False) + "\n")
+        if options.html:
+            staging.write_whole(options.html, page.page(document))
+    finally:
+        _print_bench(document)
     return 0
 
 

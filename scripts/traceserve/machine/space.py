@@ -50,9 +50,10 @@ def require_space(folder: Path, needed: int, what: str) -> None:
 
 
 class Needed:
-    """A block that writes about this many bytes into `folder`, with any library: a full disk is raised as NoSpace."""
+    """A block that writes about this many bytes, if known, into `folder`, with any library: a full disk is raised as
+    NoSpace."""
 
-    def __init__(self, folder: Path, needed: int, what: str) -> None:
+    def __init__(self, folder: Path, needed: Optional[int], what: str) -> None:
         self.folder, self.needed, self.what = folder, needed, what
 
     def __enter__(self) -> None:

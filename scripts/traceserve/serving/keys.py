@@ -17,6 +17,7 @@ from typing import Any, Dict, Optional
 from traceserve_hosts.keys import given_key
 
 from traceserve.errors import ServerError
+from traceserve.machine import space
 from traceserve.machine.private_files import write_private
 from traceserve.serving import instances, management
 from traceserve.serving.engines import RAY
@@ -47,8 +48,10 @@ def user_key() -> str:
 
 
 def write_key(file: Path, key: str) -> None:
-    """Write a key into a file that this user alone may read, in place of an earlier one's; whole at any moment."""
-    write_private(file, key + "\n")
+    """Write a key into a file that this user alone may read, in place of an earlier one's; whole at any moment. Raises
+    NoSpace."""
+    with space.Needed(file.parent, None, file.name):
+        write_private(file, key + "\n")
 
 
 def check_key_target(file: Path) -> None:
