@@ -8,6 +8,8 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from traceserve_runtime.errors import TraceserveError
+
 from traceserve.commands.arguments import add_port, add_signature, port, positive, shares
 from traceserve.commands.contract import Command
 from traceserve.commands.printing import ProgressBar, print_line
@@ -173,6 +175,8 @@ def _add_stop(parser: argparse.ArgumentParser) -> None:
 def _stop(options: argparse.Namespace) -> int:
     from traceserve.serving import instances
 
+    if options.all and options.port is not None:
+        raise TraceserveError("stop: give --port or --all, not both")
     dead = [instance for instance in instances.died() if options.all or instance.port == options.port]
     running = instances.running()
     if options.all:

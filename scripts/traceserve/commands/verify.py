@@ -82,7 +82,7 @@ def _door(options: argparse.Namespace) -> Tuple[Door, Path]:
     if name.endswith(".mar"):
         archive, name = archive or Path(name), Path(name).stem
         require_archive(archive)
-    instance = instances.serving_instance(name, options.port)
+    instance = instances.serving_instance(name, options.port, or_url=True)
     return Door.of(instance, name), archive or instance.unpacked(name)
 
 
