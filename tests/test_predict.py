@@ -114,7 +114,8 @@ def test_a_streamed_text_does_not_control_the_terminal(
         (["--json", "[" * 100_000], "predict: --body should be JSON: "),
         (["x", "--parameters", "{"], "predict: --parameters should be JSON: "),
         (["x", "--body", "1"], "predict: give texts, or --body JSON, or --file FILE"),
-        (["--file", "no.json"], "predict: no.json: "),
+        (["--file", "no.json"], "predict: no.json: No such file or directory"),
+        (["--file", "empty.txt"], "predict: empty.txt holds no text"),
         (["--file", "body.json"], "predict: body.json: "),
     ],
 )
@@ -127,5 +128,6 @@ def test_what_cannot_be_asked_is_refused(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "body.json").write_text("{")
+    (tmp_path / "empty.txt").write_text("\n \n")
     assert cli.main(["predict", "tiny", *arguments]) == 1
     assert f"error: {words}" in capsys.readouterr().err

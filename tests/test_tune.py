@@ -393,6 +393,11 @@ def test_an_archive_that_cannot_be_written_is_refused_first(
     assert main([*arguments, "--dry-run"]) == 1 and len(measured) == 1
 
 
+def test_an_artifact_is_named_as_such(artifact: Path, mar: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["tune", str(artifact), "--samples", str(mar.parent / "texts.txt")]) == 1
+    assert f"{artifact} is an artifact, not an archive (.mar): `traceserve archive" in capsys.readouterr().err
+
+
 def test_the_best_is_written_also_where_the_page_fails(
     mar: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

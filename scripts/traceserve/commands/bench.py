@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Iterator, Optional, Sequence, Tuple
 
 from traceserve_runtime.errors import TraceserveError
 
-from traceserve.commands.arguments import add_port, positive, require_writable, zero_or_more
+from traceserve.commands.arguments import add_port, number_in, positive, require_writable, zero_or_more
 from traceserve.commands.contract import Command
 from traceserve.commands.printing import ProgressBar, console, figure, print_line, print_note
 
@@ -160,7 +160,7 @@ def _numbers(text: str) -> Tuple[int, ...]:
 
 def _duration(text: str) -> float:
     """Parse seconds, 0 or more."""
-    number = float(text)
+    number = number_in(text)
     if not 0 <= number < float("inf"):
         raise argparse.ArgumentTypeError("should be 0 or more")
     return number

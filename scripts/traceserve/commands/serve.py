@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from traceserve_runtime.errors import TraceserveError
 
-from traceserve.commands.arguments import add_port, add_signature, port, positive, shares
+from traceserve.commands.arguments import add_port, add_signature, number_in, port, positive, shares
 from traceserve.commands.contract import Command
 from traceserve.commands.printing import ProgressBar, print_line
 from traceserve.serving import engines
@@ -119,7 +119,7 @@ def _add_front(parser: argparse.ArgumentParser) -> None:
 
 def _gpus(text: str) -> float:
     """Parse a part of a GPU, or a number of whole ones: Ray knows nothing between."""
-    number = float(text)
+    number = number_in(text)
     if not 0 < number < float("inf") or (number > 1 and number != int(number)):
         raise argparse.ArgumentTypeError("should be more than 0 and at most 1, or a whole number")
     return number

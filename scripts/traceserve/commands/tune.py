@@ -75,13 +75,14 @@ def _p99(text: str) -> Optional[float]:
 
 
 def _tune(options: argparse.Namespace) -> int:
-    from traceserve.archives import staging
+    from traceserve.archives import contents, staging
     from traceserve.errors import ServerError
     from traceserve.measuring import page, tune
     from traceserve.measuring.search import Goal
 
     if options.html:
         page.require_plotly()
+    contents.read_manifest(options.archive)  # whether it is an archive at all
     require_writable(options.html, None if options.dry_run else options.archive)
     goal = Goal(options.connections, options.target)
     with ProgressBar() as bar:

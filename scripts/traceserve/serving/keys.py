@@ -16,7 +16,7 @@ from typing import Any, Dict, Optional
 
 from traceserve_hosts.keys import given_key
 
-from traceserve.errors import ServerError
+from traceserve.errors import ServerError, unread_reason
 from traceserve.machine import space
 from traceserve.machine.private_files import write_private
 from traceserve.serving import instances, management
@@ -68,7 +68,7 @@ def key_in(file: Path) -> str:
     try:
         key = file.read_text(encoding="utf-8").strip()
     except (OSError, UnicodeDecodeError) as error:
-        raise ServerError(f"--key-file {file} cannot be read: {error}") from None
+        raise ServerError(f"--key-file {file} cannot be read: {unread_reason(error)}") from None
     if not key or len(key.split()) > 1:
         raise ServerError(f"--key-file {file} should hold one key, and nothing else")
     return key
