@@ -67,8 +67,9 @@ def test_a_file_on_a_full_disk_names_its_own_disk(mount: Mount) -> None:
     for write in (staging.write_whole, keys.write_key):
         disk = mount("100k")
         (disk / "earlier").write_bytes(bytes(98304))
-        with pytest.raises(NoSpace, match=rf"disk of {disk}: x.html could not be written whole, 0.0 MB are free"):
+        with pytest.raises(NoSpace, match=rf"disk of {disk}/x.html: x.html could not be written whole, 0.0 MB") as full:
             write(disk / "x.html", "long " * 4000)
+        assert full.value.message.endswith("are free to this user at most; free some, or name a file elsewhere")
         assert files(disk) == {"earlier": 98304}
 
 

@@ -158,7 +158,7 @@ def write_whole(path: Path, text: str) -> None:
         if path.exists() and not path.is_file():
             path.write_text(text, encoding="utf-8")
             return
-    with staged(path) as folder, space.Needed(folder.parent, None, path.name):
+    with staged(path) as folder, space.named_file(folder.parent / path.name):
         new = folder / path.name
         new.write_text(text, encoding="utf-8")
         if path.exists():

@@ -50,7 +50,7 @@ def user_key() -> str:
 def write_key(file: Path, key: str) -> None:
     """Write a key into a file that this user alone may read, in place of an earlier one's; whole at any moment. Raises
     NoSpace."""
-    with space.Needed(file.parent, None, file.name):
+    with space.named_file(file):
         write_private(file, key + "\n")
 
 
