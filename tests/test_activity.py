@@ -8,6 +8,7 @@ from dataclasses import replace
 from typing import Dict, Iterator, List, Mapping, Optional, Tuple
 
 import pytest
+from traceserve import cli
 from traceserve.measuring.activity import Activity, Sample, between, quantile, series_of
 from traceserve.measuring.server_times import ServerTimes, Watch
 
@@ -70,6 +71,13 @@ def test_activity_is_what_grew() -> None:
     assert means == (pytest.approx(0.05), pytest.approx(0.01), pytest.approx(0.25))
     assert (found.batch_p50, found.batch_p99) == (pytest.approx(0.015), pytest.approx(0.0199))
     assert found.rate == 10
+
+
+@pytest.mark.parametrize("interval", ["x", "0", "nan", "inf"])
+def test_an_interval_is_a_number(interval: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        cli.main(["status", "--watch", interval])
+    assert "argument --watch: should be 0.1 or more" in capsys.readouterr().err
 
 
 def test_nothing_was_asked() -> None:

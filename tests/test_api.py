@@ -112,7 +112,8 @@ def test_documented_errors_are_exported() -> None:
 
 
 def test_only_given_samples_can_be_kept(checkpoint: Make, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="^keep_samples=True keeps the samples of samples, and there is none"):
+    words = "^keep_samples=True keeps your own samples, and none are given; give samples, or leave both out$"
+    with pytest.raises(ConfigError, match=words):
         traceserve.build(str(checkpoint("bert")), store=tmp_path, output=tmp_path / "x", keep_samples=True)
     assert list(tmp_path.iterdir()) == []
 
@@ -220,6 +221,23 @@ def test_iterables_and_numbers_of_numpy_are_inputs(archive: traceserve.BuiltArch
     assert model(np.array(texts)) == model(text for text in texts) == model(series) == expected  # type: ignore[arg-type]
     assert model({texts[0]}) == expected[:1]
     assert model(texts[0], top_k=np.int64(2)) == model(texts[0], top_k=2)
+
+
+def test_what_is_no_json_is_named(archive: traceserve.BuiltArchive) -> None:
+    model = traceserve.load(archive)
+    for wrong in (Path("x"), ["a", Path("x")], {"text": Path("x")}):
+        with pytest.raises(InvalidRequest, match=f"lists and objects, and no {type(Path()).__name__}$"):
+            model(wrong)  # type: ignore[arg-type]
+
+
+def test_a_stream_is_refused(checkpoint: Make, tmp_path: Path) -> None:
+    name = str(checkpoint("llama", "AutoModelForCausalLM"))
+    options = {"output": tmp_path / "x", "store": tmp_path, "max_length": 48}
+    model = traceserve.load(traceserve.build(name, task="text_generation", **options))  # type: ignore[arg-type]
+    assert model("a", max_new_tokens=2, stream=False) == model("a", max_new_tokens=2)
+    with pytest.raises(InvalidRequest, match="leave stream out") as refused:
+        model("a", max_new_tokens=2, stream=True)
+    assert refused.value.field == "stream"
 
 
 def test_a_version_and_a_path(checkpoint: Make, tmp_path: Path) -> None:

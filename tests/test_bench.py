@@ -17,6 +17,7 @@ from conftest import run_export
 from test_load_generator import OK, after, always, at_once, serving
 from test_samples import piped
 from traceserve import cli
+from traceserve.archives import staging
 from traceserve.archives.archive import pack_archive
 from traceserve.building.samples import OwnSamples
 from traceserve.commands.bench import notes
@@ -27,6 +28,7 @@ from traceserve.measuring.bench import BenchPlan, measure
 from traceserve.measuring.targets import subject, traffic
 from traceserve.serving import configuration, instances, server
 from traceserve.serving.instances import Instance
+from traceserve_runtime.errors import TraceserveError
 
 BUSY = b"HTTP/1.1 503 Busy\r\nContent-Length: 0\r\n\r\n"
 TEXTS = ["Where is my parcel?", 'It said "broken" \\ \u2028 again.', "Ich hätte gern mein Geld zurück."]
@@ -268,6 +270,20 @@ def test_errors_are_told(samples: OwnSamples, samples_file: Path, tmp_path: Path
         ServerError, match="answered no request in 0.2 s: .* times connection closed"
     ):
         measure([subject(gone.url, samples)], BenchPlan(seconds=0.2, warm_up=0.0), "texts.txt", quietly)
+
+
+def test_what_was_measured_is_printed_where_a_file_fails(
+    samples_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fill(path: Path, text: str) -> None:
+        raise TraceserveError("it filled up")
+
+    monkeypatch.setattr(staging, "write_whole", fill)
+    options = ["--samples", str(samples_file), "--seconds", "0.3", "--warm-up", "0", "--json", str(tmp_path / "x.json")]
+    with serving(always(OK)) as server_of_others:
+        assert cli.main(["bench", server_of_others.url, *options]) == 1
+    said = capsys.readouterr()
+    assert "it filled up" in said.err and "requests/s" in said.out
 
 
 def test_what_makes_figures_less_than_they_seem_is_told(samples: OwnSamples, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -52,6 +52,11 @@ def test_the_output_folder_of_a_trainer(checkpoint: Make, tmp_path: Path) -> Non
         '"run/checkpoint-1000", the newest (the best by its own evaluation is checkpoint-500)'
     )
     assert fetch("run/checkpoint-500", tmp_path).folder.name == "checkpoint-500"
+    for number in (5, 10):
+        (tmp_path / "adapters" / f"checkpoint-{number}").mkdir(parents=True)
+        edit(tmp_path / "adapters" / f"checkpoint-{number}" / "adapter_config.json", peft_type="LORA")
+    with pytest.raises(SourceError, match='name one of them, as "adapters/checkpoint-10", the newest$'):
+        fetch("adapters", tmp_path)
     copied(checkpoint, tmp_path / "saved", "bert")  # with the last model beside the checkpoints
     shutil.copytree(tmp_path / "run" / "checkpoint-90", tmp_path / "saved" / "checkpoint-90")
     assert fetch("saved", tmp_path).folder.name == "saved"

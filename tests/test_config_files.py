@@ -118,6 +118,10 @@ def test_a_byte_order_mark_is_no_part_of_a_configuration(tmp_path: Path) -> None
     assert "save it as UTF-8" in refusal(path)
 
 
+def test_a_folder_is_no_configuration(tmp_path: Path) -> None:
+    assert refusal(tmp_path) == f"{tmp_path} is a folder; name the configuration in it"
+
+
 @pytest.mark.parametrize("name", ["setup_config.json", "mine.yaml"])
 def test_a_configuration_that_is_nested_too_deep(name: str, tmp_path: Path) -> None:
     assert "it is nested too deep" in refusal(write(tmp_path / name, "[" * 100_000))

@@ -17,6 +17,7 @@ import torch
 import transformers
 from conftest import needs_native, run_export
 from traceserve import cli
+from traceserve.archives import staging
 from traceserve.archives.archive import pack_archive
 from traceserve.building import explaining
 from traceserve.building.gate import gradients as gate
@@ -26,7 +27,7 @@ from traceserve.errors import ConfigError, ExportError
 from traceserve_runtime import settings
 from traceserve_runtime.batching.batches import Stats
 from traceserve_runtime.engine import NO_GRADIENTS, Engine, Work
-from traceserve_runtime.errors import InvalidManifest, OutOfTime
+from traceserve_runtime.errors import InvalidManifest, OutOfTime, TraceserveError
 from traceserve_runtime.explaining import integrated_gradients
 from traceserve_runtime.explaining.integrated_gradients import completeness_error, rule
 from traceserve_runtime.explaining.occlusion import grouped
@@ -637,8 +638,12 @@ def test_groups_of_words_cover_all_of_them() -> None:
     assert grouped(words, 100) == words and found[-1].field == "pair"
 
 
+def unwritable(path: Path, text: str) -> None:
+    raise TraceserveError("it filled up")
+
+
 def test_the_command_explains_an_archive(
-    make: Callable[..., Made], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    make: Callable[..., Made], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     archive = pack_archive(make("classification").folder, "small", tmp_path)
     page = tmp_path / "page.html"
@@ -656,6 +661,11 @@ def test_the_command_explains_an_archive(
     assert "no such label" in capsys.readouterr().err
     assert cli.main(["explain", str(archive)]) == 1
     capsys.readouterr()
+    with monkeypatch.context() as patched:
+        patched.setattr(staging, "write_whole", unwritable)
+        assert cli.main(["explain", str(archive), TEXT, "--html", str(page)]) == 1
+        said = capsys.readouterr()
+        assert TEXT in said.out and "it filled up" in said.err  # minutes may have been computed
     for body, file, words in (
         (json.dumps({"instances": [TEXT]}), tmp_path / "other.html", "--html shows explanations of our own protocol"),
         (json.dumps(TEXT), tmp_path, f"{tmp_path} is a folder"),

@@ -185,6 +185,14 @@ def test_the_table_shows_all(columns: str, capsys: pytest.CaptureFixture[str], m
         assert option.parameter.name in shown and option.parameter.legal in shown
 
 
+def test_a_task_is_shown_by_the_names_that_a_configuration_takes(capsys: pytest.CaptureFixture[str]) -> None:
+    shown = []
+    for name in ("token_classification", "token-classification", "ner"):
+        assert cli.main(["tasks", name]) == 0
+        shown.append(capsys.readouterr().out)
+    assert len(set(shown)) == 1 and cli.main(["tasks", "nerr"]) == 1
+
+
 def test_a_narrow_terminal_loses_no_letter(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FORCE_COLOR", "1")
     monkeypatch.setenv("COLUMNS", "60")

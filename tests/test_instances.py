@@ -171,6 +171,13 @@ def test_stop_removes_what_is_left_of_a_dead_server(
     assert not Path(instance.folder).exists() and instances.died() == []
 
 
+def test_stop_takes_a_port_or_all(processes: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    instance = remembered(processes)
+    instances.remember(instance)
+    assert cli.main(["stop", "--port", "18001", "--all"]) == 1
+    assert "give --port or --all, not both" in capsys.readouterr().err and instance.process is not None
+
+
 def test_of_dead_servers_the_last_ones_are_kept(processes: Any) -> None:
     """As for a service that is restarted repeatedly."""
     every = [remembered(processes, port=18000 + i) for i in range(7)]

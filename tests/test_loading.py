@@ -253,6 +253,18 @@ def test_an_untrained_head_is_refused(checkpoint: Make) -> None:
     assert '"allow_untrained_head": true' in raised.value.message
 
 
+@pytest.mark.parametrize("allowed", [False, True])
+@pytest.mark.parametrize("prefix, inside", [("module.", "model.module"), ("_orig_mod.", "model._orig_mod")])
+def test_weights_that_were_saved_from_within_a_wrapper(prefix: str, inside: str, allowed: bool, copy: Make) -> None:
+    folder = copy("bert")
+    weights = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    torch.save({prefix + name: weight for name, weight in weights.items()}, folder / "pytorch_model.bin")
+    with pytest.raises(SourceError, match=f"names begin with {prefix}, .* {inside}.save_pretrained") as raised:
+        original(folder, allow_untrained_head=allowed)
+    assert "allow_untrained_head" not in raised.value.message
+
+
 def test_an_untrained_head_that_is_allowed_is_always_the_same(checkpoint: Make) -> None:
     heads = []
     for seed in (1, 2):

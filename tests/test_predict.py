@@ -77,6 +77,27 @@ def test_of_several_servers_the_one_that_serves_it_is_asked(
     assert asked == [] and others == ["x"]
 
 
+def test_what_stands_for_another_server_is_what_the_command_takes(
+    processes: Any,  # noqa: F811
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    (tmp_path / "texts.txt").write_text("x")
+    bench = ["--samples", str(tmp_path / "texts.txt")]
+    with echoing(processes, "tiny"), echoing(processes, "tiny"):
+        for command, options, takes_url in (
+            ("predict", ["x"], False),
+            ("explain", ["x"], False),
+            ("bench", bench, True),
+        ):
+            for name in ("none", "tiny"):
+                assert cli.main([command, name, *options]) == 1
+                assert ("URL" in capsys.readouterr().err) == takes_url
+        for command in ("predict", "explain"):
+            assert cli.main([command, "http://127.0.0.1:1/predictions/tiny", "x"]) == 1
+            assert "is a URL; give the archive's name" in capsys.readouterr().err
+
+
 def test_a_streamed_text_does_not_control_the_terminal(
     processes: Any,  # noqa: F811
     capsys: pytest.CaptureFixture[str],
@@ -93,7 +114,8 @@ def test_a_streamed_text_does_not_control_the_terminal(
         (["--json", "[" * 100_000], "predict: --body should be JSON: "),
         (["x", "--parameters", "{"], "predict: --parameters should be JSON: "),
         (["x", "--body", "1"], "predict: give texts, or --body JSON, or --file FILE"),
-        (["--file", "no.json"], "predict: no.json: "),
+        (["--file", "no.json"], "predict: no.json: No such file or directory"),
+        (["--file", "empty.txt"], "predict: empty.txt holds no text"),
         (["--file", "body.json"], "predict: body.json: "),
     ],
 )
@@ -106,5 +128,6 @@ def test_what_cannot_be_asked_is_refused(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "body.json").write_text("{")
+    (tmp_path / "empty.txt").write_text("\n \n")
     assert cli.main(["predict", "tiny", *arguments]) == 1
     assert f"error: {words}" in capsys.readouterr().err

@@ -22,8 +22,9 @@ from traceserve.archives import contents as archives
 from traceserve.archives.contents import configure_archive, read_manifest, read_serving
 from traceserve.archives.model_config import SERVING_FILE, Serving
 from traceserve.building.config.setup_config import SetupConfig
-from traceserve.errors import ArchiveError
+from traceserve.errors import ArchiveError, ServerError
 from traceserve.serving import configuration, instances, server
+from traceserve.serving.front import FrontendOptions
 from traceserve.serving.instances import Instance
 from traceserve_runtime import processor
 from traceserve_runtime.manifest import MANIFEST_FILE, Manifest, sha256
@@ -222,6 +223,19 @@ def test_the_workers_are_those_of_the_archive_unless_they_are_asked_for(
         finally:
             assert run("stop", "--port", port, cwd=mar.parent).returncode == 0
     assert sha256(mar) == before
+
+
+@pytest.mark.parametrize(
+    "host, words",
+    [
+        ("nosuchhost", "--host should be an IP address or localhost, not nosuchhost"),
+        ("300.1.1.1", "--host should be an IP address or localhost, not 300.1.1.1"),
+        ("192.0.2.1", "--host 192.0.2.1 is no address of this machine"),
+    ],
+)
+def test_an_address_that_this_machine_lacks(host: str, words: str, mar: Path) -> None:
+    with pytest.raises(ServerError, match=f"^{words}$"):
+        server.start([mar], host, configuration.free_ports(1)[0], front=FrontendOptions(keys=False))
 
 
 def test_a_server_may_be_given_another_configuration(mar: Path) -> None:

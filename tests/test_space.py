@@ -12,10 +12,11 @@ from pathlib import Path
 from typing import Any, Callable, Dict, Iterator, List
 
 import pytest
+from traceserve.archives import staging
 from traceserve.archives.archive import pack_archive
 from traceserve.errors import NoSpace
 from traceserve.machine import space
-from traceserve.serving import configuration
+from traceserve.serving import configuration, keys
 
 Mount = Callable[[str], Path]
 
@@ -59,6 +60,17 @@ def test_a_full_disk_is_told_with_its_path_and_what_is_needed(mount: Mount) -> N
     ):
         with space.Needed(disk, 5_000_000, "the weights"):
             (disk / "weights").write_bytes(bytes(5_000_000))
+
+
+def test_a_file_on_a_full_disk_names_its_own_disk(mount: Mount) -> None:
+    """A failed write names no file, and the folders of other options are on other disks."""
+    for write in (staging.write_whole, keys.write_key):
+        disk = mount("100k")
+        (disk / "earlier").write_bytes(bytes(98304))
+        with pytest.raises(NoSpace, match=rf"disk of {disk}/x.html: x.html could not be written whole, 0.0 MB") as full:
+            write(disk / "x.html", "long " * 4000)
+        assert full.value.message.endswith("are free to this user at most; free some, or name a file elsewhere")
+        assert files(disk) == {"earlier": 98304}
 
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EFBIG])

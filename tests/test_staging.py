@@ -487,6 +487,14 @@ def test_a_build_into_a_folder_that_cannot_be_written(options: List[str], tmp_pa
     assert "report it" not in told and sorted(os.listdir(tmp_path)) == ["closed", "setup_config.json"]
 
 
+@pytest.mark.skipif(not Path("/proc/self").is_dir(), reason="needs Linux's /proc")
+@pytest.mark.parametrize("place", ["/proc/new/x.mar", "/proc/x.mar"])
+def test_a_folder_where_nothing_can_be_made(place: str) -> None:
+    with pytest.raises(TraceserveError, match=f"{place} cannot be written: No such file .*; choose another folder"):
+        with staged(Path(place)):
+            pytest.fail("it began")
+
+
 def test_a_text_into_a_folder(tmp_path: Path) -> None:
     with pytest.raises(TraceserveError, match="pages is a folder; name a file in it"):
         put(tmp_path / "pages", "mine", as_folder=True)

@@ -21,6 +21,7 @@ import numpy as np
 import pytest
 from conftest import ROOT
 from test_space import Mount, mount  # noqa: F401  (a fixture)
+from traceserve.archives import staging
 from traceserve.archives.contents import configure_archive, read_manifest, read_serving
 from traceserve.archives.model_config import Serving
 from traceserve.cli import _parse, main
@@ -34,6 +35,7 @@ from traceserve.serving import configuration, instances, server
 from traceserve_runtime.batching.batches import Stats
 from traceserve_runtime.batching.costs import CostModel
 from traceserve_runtime.engine import Engine
+from traceserve_runtime.errors import TraceserveError
 from traceserve_runtime.manifest import Manifest, sha256
 from traceserve_runtime.protocols.bodies import Headers
 from traceserve_runtime.protocols.requests import parse_requests
@@ -389,6 +391,30 @@ def test_an_archive_that_cannot_be_written_is_refused_first(
     assert main(arguments) == 1 and not measured
     assert f"{disk / 'tiny.mar'} cannot be written: Read-only file system" in capsys.readouterr().err
     assert main([*arguments, "--dry-run"]) == 1 and len(measured) == 1
+
+
+def test_an_artifact_is_named_as_such(artifact: Path, mar: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["tune", str(artifact), "--samples", str(mar.parent / "texts.txt")]) == 1
+    assert f"{artifact} is an artifact, not an archive (.mar): `traceserve archive" in capsys.readouterr().err
+
+
+def test_the_best_is_written_also_where_the_page_fails(
+    mar: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fill(path: Path, text: str) -> None:
+        raise TraceserveError("it filled up")
+
+    best = replace(OWN, batch_size=4)
+    trial = Trial(best, 64, [Result(64, None, 1.0, np.full(9, 0.1), {})])
+    texts = tune.Texts([b"Yes."], [[3]], "text/plain", [])
+    tuned = tune.Tuned([trial], trial, best, OWN, wastes([[3]], 32, 32, None, CostModel(0, 1, 0)), texts, 1.0, True)
+    monkeypatch.setattr(tune, "tune", lambda *arguments: tuned)
+    monkeypatch.setattr(staging, "write_whole", fill)
+    page = str(mar.parent / "tune.html")
+    assert main(["tune", str(mar), "--samples", str(mar.parent / "texts.txt"), "--html", page]) == 1
+    said = capsys.readouterr()
+    assert "it filled up" in said.err and f"written into {mar}" in " ".join(said.out.split())
+    assert read_serving(mar).batch_size == 4
 
 
 def test_a_p99_out_of_reach_changes_nothing(mar: Path) -> None:

@@ -16,6 +16,7 @@ from typing import Any, Callable, Dict, Iterator, List, Tuple
 import pytest
 import uvicorn
 from conftest import run_export
+from test_instances import processes, remembered, state  # noqa: F401  (fixtures)
 from traceserve import cli
 from traceserve.archives.archive import pack_archive
 from traceserve.archives.contents import unpack
@@ -116,9 +117,8 @@ def test_the_users_texts_stay_out_unless_kept(
 
 def test_keeping_needs_samples(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["build", "--keep-samples"]) == 1
-    assert "--keep-samples keeps the samples of --samples FILE, and there is none" in capsys.readouterr().err.replace(
-        "\n", " "
-    )
+    told = " ".join(capsys.readouterr().err.split())
+    assert "--keep-samples keeps your own samples, and none are given; give --samples FILE, or leave both out" in told
 
 
 def test_it_is_small(artifact: Path) -> None:
@@ -274,6 +274,22 @@ def test_what_cannot_be_asked_is_2(url: str, mar: Path, tmp_path: Path, capsys: 
     (tmp_path / "key").write_text("two words")
     assert cli.main(["verify", url, "--archive", str(mar), "--key-file", str(tmp_path / "key")]) == 2
     assert "should hold one key" in capsys.readouterr().err.replace("\n", " ")
+
+
+def test_an_archive_of_another_task_is_no_golden_set_of_a_server(
+    others: Dict[str, Path],
+    unpacked: Path,
+    processes: Any,  # noqa: F811
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    instance = remembered(processes)
+    shutil.copytree(unpacked, Path(instance.folder, "store", "tiny"))
+    other = others["feature_extraction"]
+    assert cli.main(["verify", "tiny", "--archive", str(other)]) == 2
+    assert (
+        f"{other} is for the task feature_extraction, but tiny on port 18000 for sequence_classification"
+        in " ".join(capsys.readouterr().err.split())
+    )
 
 
 @pytest.mark.parametrize(("command", "code"), [("verify", 2), ("update", 1)])

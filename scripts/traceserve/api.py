@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import AbstractSet, Any, Callable, Dict, Iterable, Iterator, Mapping, Optional, Sequence, Union
 
 from traceserve_runtime.engine import Engine
-from traceserve_runtime.errors import TraceserveError
+from traceserve_runtime.errors import InvalidRequest, TraceserveError
 from traceserve_runtime.manifest import MANIFEST_FILE, Manifest
 from traceserve_runtime.protocols.bodies import Headers
 from traceserve_runtime.protocols.contract import Body
@@ -130,7 +130,7 @@ class LoadedArchive:
         Args:
             inputs: A text; an object of the task's fields, such as `{"question": ..., "context": ...}`; or a list, or
                 another iterable, of either, which gives a list of answers, in order.
-            **parameters: The task's parameters, such as `top_k`.
+            **parameters: The task's parameters, such as `top_k`; but `stream`, since a written text is returned whole.
 
         Raises:
             InvalidRequest, InputTooLong: what is wrong with the input, as a server's 400 and 413.
@@ -157,6 +157,8 @@ class LoadedArchive:
 
     def _answered(self, call: Body) -> Any:
         answers = []
+        if any(map(self.engine.task.streams, call.requests)):
+            raise InvalidRequest("a text is written whole here, and streamed by a server; leave stream out", "stream")
         for answer in self.engine.answer(call.requests):
             if isinstance(answer, TraceserveError):
                 raise answer
@@ -206,7 +208,7 @@ def _asked(inputs: Input, parameters: Mapping[str, Any]) -> object:
 
 def _plain(value: object) -> object:
     """Return a value as JSON has it: any mapping as an object, any sequence, set, iterator, array or Series as a list, and
-    a number of numpy as Python's."""
+    a number of numpy as Python's. Raises InvalidRequest for what JSON lacks, but bytes."""
     if isinstance(value, Mapping):
         return {key: _plain(each) for key, each in value.items()}
     if isinstance(value, (bytes, bytearray, memoryview)):
@@ -215,7 +217,9 @@ def _plain(value: object) -> object:
         return _plain(value.tolist())
     if isinstance(value, (Sequence, AbstractSet, Iterator)) and not isinstance(value, str):
         return [_plain(each) for each in value]
-    return value
+    if value is None or isinstance(value, (str, int, float)):
+        return value
+    raise InvalidRequest(f"a request holds texts, numbers, lists and objects, and no {type(value).__name__}")
 
 
 def _ready(folder: Path, device: str, threads: Optional[int]) -> Engine:

@@ -100,6 +100,11 @@ def json_reason(error: Exception) -> str:
     return str(error)
 
 
+def unread_reason(error: Exception) -> str:
+    """Return why a file cannot be read, without the number and the path that the system's errors show."""
+    return str(getattr(error, "strerror", None) or error)
+
+
 def some(names: Sequence[str], shown: int = 3) -> str:
     """List the first names, and the number of others."""
     return ", ".join(names[:shown]) + (f" and {len(names) - shown:,} more" if len(names) > shown else "")

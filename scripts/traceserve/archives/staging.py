@@ -18,10 +18,11 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import Iterator, Optional, Pattern, Set, Type
+from typing import AbstractSet, Iterator, Optional, Pattern, Set, Type
 
 from traceserve_runtime.errors import TraceserveError
 
+from traceserve.machine import space
 from traceserve.option_names import option, switch
 
 if sys.platform != "win32":
@@ -74,7 +75,7 @@ def staged(target: Path) -> Iterator[Path]:
     if dangling is not None:
         raise TraceserveError(dangling)
     with contextlib.ExitStack() as stack:
-        with _writing(target):
+        with _writing(target, _UNWRITABLE | {errno.ENOENT}):  # the error of /proc, where nothing is made
             stack.enter_context(_folders_above(place))
             _sweep(place)
             folder = Path(tempfile.mkdtemp(prefix=f".{place.name}.{os.getpid()}.", dir=place.parent))
@@ -149,7 +150,7 @@ def write_whole(path: Path, text: str) -> None:
     """Atomically write a text file, with an earlier one's permissions; if that fails, the earlier one remains.
 
     What is no file, such as /dev/stdout or a pipe, is written to, and so is a file that is mounted by itself. Raises
-    TraceserveError for a folder, and where nothing can be written.
+    TraceserveError for a folder, and where nothing can be written; NoSpace.
     """
     with _writing(path):
         if path.is_dir():
@@ -157,7 +158,7 @@ def write_whole(path: Path, text: str) -> None:
         if path.exists() and not path.is_file():
             path.write_text(text, encoding="utf-8")
             return
-    with staged(path) as folder:
+    with staged(path) as folder, space.named_file(folder.parent / path.name):
         new = folder / path.name
         new.write_text(text, encoding="utf-8")
         if path.exists():
@@ -165,12 +166,12 @@ def write_whole(path: Path, text: str) -> None:
 
 
 @contextlib.contextmanager
-def _writing(target: Path) -> Iterator[None]:
+def _writing(target: Path, refusals: AbstractSet[int] = _UNWRITABLE) -> Iterator[None]:
     """Turn a refusal by the file system into a sentence. A full disk has its own, and a closed pipe is none."""
     try:
         yield
     except OSError as error:
-        if error.errno not in _UNWRITABLE:
+        if error.errno not in refusals:
             raise
         raise TraceserveError(f"{target} cannot be written: {error.strerror}; choose another folder") from error
 

@@ -22,6 +22,6 @@ class GateOptions:
     def __post_init__(self) -> None:
         if self.keep_samples and self.samples is None:
             raise ConfigError(
-                f"{switch('keep-samples')} keeps the samples of {option('samples', 'FILE')}, and there is none; give it, or "
+                f"{switch('keep-samples')} keeps your own samples, and none are given; give {option('samples', 'FILE')}, or "
                 "leave both out"
             )

@@ -14,7 +14,7 @@ from traceserve_runtime.protocols.bodies import Headers
 from traceserve_runtime.protocols.requests import parse_requests
 from traceserve_runtime.tasks.contract import Request, Task
 
-from traceserve.errors import ConfigError
+from traceserve.errors import ConfigError, unread_reason
 from traceserve.option_names import option
 
 _BODIES = (".jsonl", ".ndjson")  # each line is a request body
@@ -82,7 +82,7 @@ def _lines(path: Path, name: str) -> List[Tuple[int, str]]:
     try:
         content = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{name} cannot be read: {error}") from None
+        raise ConfigError(f"{name} cannot be read: {unread_reason(error)}") from None
     if suffix in _SEPARATORS:
         csv.field_size_limit(max(csv.field_size_limit(), len(content)))  # a long text is no error
         rows = csv.DictReader(io.StringIO(content, newline=""), delimiter=_SEPARATORS[suffix])

@@ -28,13 +28,18 @@ class Proof(NamedTuple):
     p50: Optional[float]
 
 
+def manifest_of(path: Path) -> Manifest:
+    """Return the manifest of an archive, or of an unpacked one."""
+    return Manifest.read(path, verify=False) if path.is_dir() else read_manifest(path)
+
+
 @contextlib.contextmanager
 def proof_of(path: Path) -> Iterator[Proof]:
     """Read the golden set of an archive, or of an unpacked one; raises ArchiveError if it has none."""
+    manifest = manifest_of(path)
     if path.is_dir():
-        yield _read(path, path, Manifest.read(path, verify=False), None)
+        yield _read(path, path, manifest, None)
         return
-    manifest = read_manifest(path)
     with staging.scratch() as scratch:
         folder = scratch / "archive"
         unpack(path, folder, [name for name in manifest.files if not name.endswith(_NOT_READ)])

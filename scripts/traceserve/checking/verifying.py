@@ -15,7 +15,7 @@ from traceserve.building.gate.findings import LIMITS, Findings
 from traceserve.building.gate.golden import GoldenSample
 from traceserve.checking.dialects import NATIVE, SpokenAt, metadata_url, places
 from traceserve.checking.proof import Proof, proof_of
-from traceserve.errors import ServerError, some
+from traceserve.errors import ServerError, shortened, some
 from traceserve.serving import client
 from traceserve.serving.instances import Instance
 
@@ -172,7 +172,9 @@ def _endpoint(door: Door, proof: Proof) -> SpokenAt:
             if status == 200:
                 proof.task.same(endpoint.answer(answer, sample, proof.task), sample.expected)
                 return endpoint
-            tried.append(f"{endpoint.dialect.name} at {endpoint.url}: {status}, {client.error_words(answer)[:120]}")
+            tried.append(
+                f"{endpoint.dialect.name} at {endpoint.url}: {status}, {shortened(client.error_words(answer), 120)}"
+            )
         except _OTHER_FORM:
             tried.append(
                 f"{endpoint.dialect.name} at {endpoint.url}: not the form of an answer to {proof.manifest.task}"
@@ -216,7 +218,7 @@ def _verified(door: Door, endpoint: SpokenAt, task: Task, number: int, sample: G
         )
 
     if status != 200:
-        return outcome(False, None, None, f"{status}: {client.error_words(answer)[:200]}")
+        return outcome(False, None, None, f"{status}: {shortened(client.error_words(answer), 200)}")
     try:
         value = endpoint.answer(answer, sample, task)
         same = task.same(value, sample.expected)

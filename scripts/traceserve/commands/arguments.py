@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import tempfile
 from pathlib import Path
 from typing import Any, Optional, Tuple
@@ -109,6 +110,14 @@ def zero_or_more(text: str) -> int:
     return number
 
 
+def number_in(text: str) -> float:
+    """Parse a number; what is none gives NaN, which is in no range."""
+    try:
+        return float(text)
+    except ValueError:
+        return math.nan
+
+
 def port(text: str) -> int:
     """Parse a TCP port."""
     number = int(text)
@@ -119,7 +128,7 @@ def port(text: str) -> int:
 
 def shares(text: str) -> Tuple[float, ...]:
     """Parse numbers above 0, separated by commas."""
-    numbers = tuple(float(part) for part in text.split(","))
+    numbers = tuple(map(number_in, text.split(",")))
     if not all(0 < number < float("inf") for number in numbers):
         raise argparse.ArgumentTypeError("should be numbers above 0, as 9,1")
     return numbers

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Iterator, Optional, Sequence, Tuple
 
 from traceserve_runtime.errors import TraceserveError
 
-from traceserve.commands.arguments import add_port, positive, require_writable, zero_or_more
+from traceserve.commands.arguments import add_port, number_in, positive, require_writable, zero_or_more
 from traceserve.commands.contract import Command
 from traceserve.commands.printing import ProgressBar, console, figure, print_line, print_note
 
@@ -134,12 +134,13 @@ def _bench(options: argparse.Namespace) -> int:
             lambda what, share: bar(what, int(1000 * share), 1000),
             _measure_peak if any(asked.arithmetic for asked in measured) else None,
         )
-    # First of all: whoever reads what is printed may stop reading.
-    if options.json:
-        staging.write_whole(options.json, json.dumps(document, indent=1, ensure_ascii=False) + "\n")
-    if options.html:
-        staging.write_whole(options.html, page.page(document))
-    _print_bench(document)
+    try:  # the files first: whoever reads what is printed may stop reading
+        if options.json:
+            staging.write_whole(options.json, json.dumps(document, indent=1, ensure_ascii=False) + "\n")
+        if options.html:
+            staging.write_whole(options.html, page.page(document))
+    finally:
+        _print_bench(document)
     return 0
 
 
@@ -159,7 +160,7 @@ def _numbers(text: str) -> Tuple[int, ...]:
 
 def _duration(text: str) -> float:
     """Parse seconds, 0 or more."""
-    number = float(text)
+    number = number_in(text)
     if not 0 <= number < float("inf"):
         raise argparse.ArgumentTypeError("should be 0 or more")
     return number

@@ -47,21 +47,27 @@ def _explain(options: argparse.Namespace) -> int:
     listed: List[Any] = answer if isinstance(answer, list) else [answer]
     asked = body["inputs"] if isinstance(body, dict) and "inputs" in body else body
     requests = asked if isinstance(asked, list) else [asked]
-    if options.html:
-        from traceserve.archives import staging
+    if options.html and not all(map(is_explanation, listed)):
+        raise TraceserveError(
+            "explain: --html shows explanations of our own protocol, and this body is answered in another one; "
+            "without --html the answer is printed as JSON"
+        )
+    try:  # the page first: whoever reads what is printed may stop reading
+        if options.html:
+            from traceserve.archives import staging
 
-        if not all(map(is_explanation, listed)):
-            raise TraceserveError(
-                "explain: --html shows explanations of our own protocol, and this body is answered in another one; "
-                "without --html the answer is printed as JSON"
-            )
-        staging.write_whole(options.html, _page(requests, listed))
+            staging.write_whole(options.html, _page(requests, listed))
+    finally:
+        _print_explanations(requests, listed, options.json)
+    return 0
+
+
+def _print_explanations(requests: Sequence[object], listed: Sequence[Mapping[str, Any]], as_json: bool) -> None:
     for request, each in zip(requests, listed):
-        if options.json or not is_explanation(each):  # the form of another protocol
+        if as_json or not is_explanation(each):  # the form of another protocol
             print(printable_json(each), flush=True)
         else:
             _print(request, each)
-    return 0
 
 
 def _ask(options: argparse.Namespace, body: object) -> object:

@@ -13,6 +13,7 @@ from traceserve_runtime.errors import TraceserveError
 from traceserve.commands.arguments import add_port, add_request, given_inputs, with_parameters
 from traceserve.commands.contract import Command
 from traceserve.commands.printing import printable, printable_json
+from traceserve.errors import unread_reason
 
 
 def _add_predict(parser: argparse.ArgumentParser) -> None:
@@ -69,7 +70,7 @@ def _inputs(options: argparse.Namespace) -> Iterator[object]:
             yield json.loads(content)
             return
     except (OSError, ValueError, RecursionError) as error:
-        raise TraceserveError(f"predict: {options.file or 'standard input'}: {error}") from None
+        raise TraceserveError(f"predict: {options.file or 'standard input'}: {unread_reason(error)}") from None
     # not splitlines: a text may contain U+2028
     lines = content.split("\n")
     for number, line in enumerate(lines, 1):
@@ -78,6 +79,8 @@ def _inputs(options: argparse.Namespace) -> Iterator[object]:
         ):  # bytes of another encoding, from standard input
             raise TraceserveError(f"predict: standard input, line {number}, is not UTF-8")
     texts = [line.rstrip("\r") for line in lines if line.strip()]
+    if options.file and not texts:
+        raise TraceserveError(f"predict: {options.file} holds no text")
     yield from (texts[i : i + 32] for i in range(0, len(texts), 32))
 
 

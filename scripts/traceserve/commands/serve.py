@@ -8,7 +8,9 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from traceserve.commands.arguments import add_port, add_signature, port, positive, shares
+from traceserve_runtime.errors import TraceserveError
+
+from traceserve.commands.arguments import add_port, add_signature, number_in, port, positive, shares
 from traceserve.commands.contract import Command
 from traceserve.commands.printing import ProgressBar, print_line
 from traceserve.serving import engines
@@ -117,7 +119,7 @@ def _add_front(parser: argparse.ArgumentParser) -> None:
 
 def _gpus(text: str) -> float:
     """Parse a part of a GPU, or a number of whole ones: Ray knows nothing between."""
-    number = float(text)
+    number = number_in(text)
     if not 0 < number < float("inf") or (number > 1 and number != int(number)):
         raise argparse.ArgumentTypeError("should be more than 0 and at most 1, or a whole number")
     return number
@@ -173,6 +175,8 @@ def _add_stop(parser: argparse.ArgumentParser) -> None:
 def _stop(options: argparse.Namespace) -> int:
     from traceserve.serving import instances
 
+    if options.all and options.port is not None:
+        raise TraceserveError("stop: give --port or --all, not both")
     dead = [instance for instance in instances.died() if options.all or instance.port == options.port]
     running = instances.running()
     if options.all:

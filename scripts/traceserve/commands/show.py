@@ -30,12 +30,14 @@ def _add_tasks(parser: argparse.ArgumentParser) -> None:
 
 
 def _tasks(options: argparse.Namespace) -> int:
+    from traceserve.building.config.task_names import ALIASES
     from traceserve.commands import catalog
 
     if options.markdown:
         print(catalog.markdown(), end="")
         return 0
-    found = [entry for entry in catalog.task_entries() if options.task in (None, entry.name)]
+    named = ALIASES.get(options.task, options.task)
+    found = [entry for entry in catalog.task_entries() if named in (None, entry.name)]
     if not found:
         raise TraceserveError(
             f"there is no task {options.task}, but: {', '.join(entry.name for entry in catalog.task_entries())}"

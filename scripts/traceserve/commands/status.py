@@ -10,6 +10,7 @@ import threading
 import time
 from typing import TYPE_CHECKING, Dict, Iterator, List, NamedTuple, Optional, Sequence, Tuple
 
+from traceserve.commands.arguments import number_in
 from traceserve.commands.contract import Command
 from traceserve.commands.printing import console, figure, print_line, printable
 
@@ -55,7 +56,7 @@ def _add_status(parser: argparse.ArgumentParser) -> None:
 
 def _interval(text: str) -> float:
     """Parse seconds, at least a tenth."""
-    seconds = float(text)
+    seconds = number_in(text)
     if not 0.1 <= seconds < float("inf"):
         raise argparse.ArgumentTypeError("should be 0.1 or more")
     return seconds

@@ -15,6 +15,7 @@ from traceserve.serving import engines
 if TYPE_CHECKING:
     from rich.table import Table
 
+    from traceserve.archives.model_config import Serving
     from traceserve.measuring.tune import Tuned
 
 
@@ -81,31 +82,39 @@ def _tune(options: argparse.Namespace) -> int:
 
     if options.html:
         page.require_plotly()
+    contents.read_manifest(options.archive)  # whether it is an archive at all
     require_writable(options.html, None if options.dry_run else options.archive)
     goal = Goal(options.connections, options.target)
     with ProgressBar() as bar:
         tuned = tune.tune(options.archive, options.samples, goal, options.budget, bar, options.engine)
     _print_tuned(tuned)
+    if tuned.chosen is not None:  # before the page, which may fail
+        _configure(options, tuned.chosen, tuned.own)
     if options.html:
         from traceserve.measuring.tuning_page import tuning_page
 
         staging.write_whole(options.html, tuning_page(tuned, options.archive.name))
     if tuned.chosen is None:
         raise ServerError(tune.missed(tuned.best, goal, options.archive))
-    write = tuned.chosen != tuned.own and not options.dry_run
-    if write:
-        contents.configure_archive(options.archive, tuned.chosen)
+    return 0
+
+
+def _configure(options: argparse.Namespace, chosen: Serving, own: Serving) -> None:
+    """Write the chosen configuration into the archive, unless it has it or the run is dry, and say so."""
+    from traceserve.archives import contents
+    from traceserve.measuring.tune import describe_serving
+
     place = shlex.quote(str(options.archive))
-    if write:
-        said = f"written into {place}: {tune.describe_serving(tuned.chosen)}"
-    elif tuned.chosen != tuned.own:
-        said = f"not written into {place}, as --dry-run says: {tune.describe_serving(tuned.chosen)}"
+    if chosen == own:
+        said = f"nothing better was found; {place} stays as it is: {describe_serving(chosen)}"
+    elif options.dry_run:
+        said = f"not written into {place}, as --dry-run says: {describe_serving(chosen)}"
     else:
-        said = f"nothing better was found; {place} stays as it is: {tune.describe_serving(tuned.chosen)}"
+        contents.configure_archive(options.archive, chosen)
+        said = f"written into {place}: {describe_serving(chosen)}"
     print_line(f"\n{said}")
     engine = "" if options.engine == engines.TORCHSERVE else f" --engine {options.engine}"
     print_line(f"serve it:  traceserve serve {place}{engine}")
-    return 0
 
 
 def _print_tuned(tuned: Tuned) -> None:

@@ -22,6 +22,7 @@ from traceserve.commands.printing import (
 
 if TYPE_CHECKING:
     from traceserve.checking.verifying import Door, Verification
+    from traceserve.serving.instances import Instance
 
 _SHOWN, _LONGEST = 12, 60  # rows, and characters of an answer
 
@@ -82,8 +83,22 @@ def _door(options: argparse.Namespace) -> Tuple[Door, Path]:
     if name.endswith(".mar"):
         archive, name = archive or Path(name), Path(name).stem
         require_archive(archive)
-    instance = instances.serving_instance(name, options.port)
+    instance = instances.serving_instance(name, options.port, or_url=True)
+    if archive is not None:
+        _check_task(archive, instance, name)
     return Door.of(instance, name), archive or instance.unpacked(name)
+
+
+def _check_task(archive: Path, instance: Instance, name: str) -> None:
+    """Raise TraceserveError for an archive of another task than the served one: none of its samples would be answered."""
+    from traceserve.checking.proof import manifest_of
+
+    own, served = manifest_of(archive).task, instance.manifest(name).task
+    if own != served:
+        raise TraceserveError(
+            f"verify: {archive} is for the task {own}, but {name} on port {instance.port} for {served}; leave --archive out, or "
+            "give the archive that it serves"
+        )
 
 
 def _key(options: argparse.Namespace) -> Optional[str]:

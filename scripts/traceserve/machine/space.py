@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import re
 import shutil
 import tempfile
 from pathlib import Path
-from typing import List, Optional
+from typing import Iterator, List, Optional
 
 from traceserve.errors import NoSpace
 from traceserve.option_names import option
@@ -63,6 +64,19 @@ class Needed:
             raise told(error, [self.folder], self.needed, self.what) from error
 
 
+@contextlib.contextmanager
+def named_file(path: Path) -> Iterator[None]:
+    """Raise a full disk as NoSpace in a block that writes this file, whose name the user chose."""
+    try:
+        yield
+    except OSError as error:
+        if not is_full(error):
+            raise
+        raise NoSpace(
+            f"{_start(path, path.name, None, shutil.disk_usage(path.parent).free)}; free some, or name a file elsewhere"
+        ) from error
+
+
 def told(error: BaseException, folders: List[Path], needed: Optional[int] = None, what: str = "a file") -> NoSpace:
     """Return an error that is_full as one line about the file that it names, or else the fullest of the given disks."""
     path = _named(error)
@@ -111,11 +125,15 @@ def _existing(path: Path) -> Path:
 
 
 def _sentence(path: Path, what: str, needed: Optional[int], free: int) -> str:
-    wanted = f"{what} needs {_mb(needed)}" if needed is not None else f"{what} could not be written whole"
     return (
-        f"no space left on the disk of {path}: {wanted}, {_mb(free)} are free to this user at most; free some, or write "
-        f"elsewhere ({option('output')}, {option('store')}; TMPDIR for temporary files, now {_temporary()})"
+        f"{_start(path, what, needed, free)}; free some, or write elsewhere ({option('output')}, {option('store')}; TMPDIR for "
+        f"temporary files, now {_temporary()})"
     )
+
+
+def _start(path: Path, what: str, needed: Optional[int], free: int) -> str:
+    wanted = f"{what} needs {_mb(needed)}" if needed is not None else f"{what} could not be written whole"
+    return f"no space left on the disk of {path}: {wanted}, {_mb(free)} are free to this user at most"
 
 
 def _temporary() -> str:

@@ -51,7 +51,7 @@ def subject(
     `body` (a template) and `headers` are only for a URL: our own servers' bodies and keys are known.
     """
     if "://" not in place:
-        instance = instances.serving_instance(place, port)
+        instance = instances.serving_instance(place, port, or_url=True)
         if instance.certificate:
             raise ServerError(f"{place} uses TLS, which cannot be measured; serve it without --certificate too")
         key = {"Authorization": f"Bearer {instance.key}"} if instance.key else {}

@@ -115,18 +115,16 @@ def free_ports(count: int) -> List[int]:
 
 def demands_keys(host: str, front: FrontendOptions) -> bool:
     """Whether every request needs a key."""
-    return front.keys and not is_loopback(host)
+    return front.keys and not is_only_local(host)
 
 
-def is_loopback(host: str) -> bool:
-    """Return whether `host` is reachable only from this machine; raises ServerError for a name, but localhost."""
-    if is_only_local(host):
-        return True
+def check_host(host: str) -> None:
+    """Raise ServerError for a name, but localhost."""
     try:
-        ipaddress.ip_address(host)
+        if not is_only_local(host):
+            ipaddress.ip_address(host)
     except ValueError:
         raise ServerError(f"--host should be an IP address or localhost, not {host}") from None
-    return False
 
 
 # One file of limited size. TorchServe's default writes five, and halves the throughput. The workers' output for every

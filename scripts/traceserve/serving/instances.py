@@ -217,17 +217,24 @@ def none_running(name: str = "NAME", otherwise: str = "") -> ServerError:
     return ServerError(f"no server is running{told}; `traceserve serve model_store/{name}.mar` starts one{otherwise}")
 
 
-def serving_instance(name: str, port: Optional[int] = None) -> Instance:
-    """Return the server of an archive, on this port if given; raises ServerError."""
+def serving_instance(name: str, port: Optional[int] = None, or_url: bool = False) -> Instance:
+    """Return the server of an archive, on this port if given; raises ServerError. `or_url`: whether the caller takes a URL
+    in place of a name."""
+    if "://" in name:
+        raise ServerError(
+            f"{name} is a URL; give the archive's name, and --port if several servers serve it, or ask the URL with curl"
+        )
     if port is not None:
         found = [find_instance(port)]
         if name not in found[0].names:
             raise ServerError(f"the server on port {port} has no {name}, but {', '.join(found[0].names)}")
         return found[0]
-    found = serving_instances(name, ", and a URL stands for any other server")
+    found = serving_instances(name, ", and a URL stands for any other server" if or_url else "")
     if len(found) > 1:
         ports = ", ".join(str(instance.port) for instance in found)
-        raise ServerError(f"{name} is served on the ports {ports}; choose one with --port, or give URLs")
+        raise ServerError(
+            f"{name} is served on the ports {ports}; choose one with --port{', or give URLs' if or_url else ''}"
+        )
     return found[0]
 
 

@@ -16,7 +16,8 @@ from typing import Any, Dict, Optional
 
 from traceserve_hosts.keys import given_key
 
-from traceserve.errors import ServerError
+from traceserve.errors import ServerError, unread_reason
+from traceserve.machine import space
 from traceserve.machine.private_files import write_private
 from traceserve.serving import instances, management
 from traceserve.serving.engines import RAY
@@ -47,8 +48,10 @@ def user_key() -> str:
 
 
 def write_key(file: Path, key: str) -> None:
-    """Write a key into a file that this user alone may read, in place of an earlier one's; whole at any moment."""
-    write_private(file, key + "\n")
+    """Write a key into a file that this user alone may read, in place of an earlier one's; whole at any moment. Raises
+    NoSpace."""
+    with space.named_file(file):
+        write_private(file, key + "\n")
 
 
 def check_key_target(file: Path) -> None:
@@ -65,7 +68,7 @@ def key_in(file: Path) -> str:
     try:
         key = file.read_text(encoding="utf-8").strip()
     except (OSError, UnicodeDecodeError) as error:
-        raise ServerError(f"--key-file {file} cannot be read: {error}") from None
+        raise ServerError(f"--key-file {file} cannot be read: {unread_reason(error)}") from None
     if not key or len(key.split()) > 1:
         raise ServerError(f"--key-file {file} should hold one key, and nothing else")
     return key

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
 import os
 import re
 import socket
@@ -73,6 +74,7 @@ def start(
 
 def _started(plan: ServerPlan, trusted: Optional[signing.Trusted]) -> Instance:
     kind = SERVING_ENGINES[plan.engine]
+    configuration.check_host(plan.host)
     _check_port(plan.host, plan.port)
     if plan.front.metrics_port:
         _check_port(plan.host, plan.front.metrics_port, "--metrics-port")
@@ -206,6 +208,8 @@ def _check_port(host: str, port: int, option: str = "--port") -> None:
         try:
             probe.bind((host, port))
         except OSError as error:
+            if error.errno == errno.EADDRNOTAVAIL:
+                raise ServerError(f"--host {host} is no address of this machine") from None
             raise ServerError(
                 f"port {port} of {host} cannot be used ({error.strerror}); choose another with {option}, or stop what uses "
                 "it (`traceserve status` shows the servers of traceserve)"

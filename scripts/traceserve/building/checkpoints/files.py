@@ -105,7 +105,7 @@ def check_kind(folder: Path, name: str) -> None:
     if (folder / "config.json").is_file():
         return
     saved = [path for path in folder.glob("checkpoint-*") if _CHECKPOINT.search(path.name)]
-    saved = [path for path in saved if (path / "config.json").is_file()]
+    saved = [path for path in saved if any((path / file).is_file() for file in ("config.json", "adapter_config.json"))]
     if saved:
         newest = max(saved, key=lambda path: int(path.name.rsplit("-", 1)[1]))
         raise SourceError(

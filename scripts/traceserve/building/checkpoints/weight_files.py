@@ -11,7 +11,7 @@ from typing import List
 
 from traceserve.building.checkpoints.checkpoint import PICKLES, SAFETENSORS
 from traceserve.building.checkpoints.json_files import read_object
-from traceserve.errors import SourceError, first_line, some
+from traceserve.errors import SourceError, first_line, some, unread_reason
 
 _SHARD = re.compile(r"(model|pytorch_model)[-.]\d+-of-\d+\.\w+")
 
@@ -71,7 +71,7 @@ def _check_file(path: Path, name: str, again: str) -> None:
         size = path.stat().st_size
         wrong = "is empty" if size == 0 else _wrong_within(path)
     except OSError as error:
-        raise SourceError(f"{name}: {path} cannot be read: {error.strerror or error}") from None
+        raise SourceError(f"{name}: {path} cannot be read: {unread_reason(error)}") from None
     if wrong:
         raise SourceError(f"{name}: {path.name} {wrong}; {again}")
 

@@ -8,7 +8,7 @@ from typing import Any, Dict, Hashable, List, Mapping, NamedTuple, Optional, Tup
 
 import yaml
 
-from traceserve.errors import ConfigError, json_reason
+from traceserve.errors import ConfigError, json_reason, unread_reason
 
 _YAML = (".yaml", ".yml")
 _HANDLER = "handler"  # the key of the example's handler settings
@@ -66,8 +66,10 @@ def read_config_file(path: Path) -> Content:
         raise ConfigError(f"{path} does not exist; name a configuration with --config FILE") from None
     except UnicodeDecodeError as error:
         raise ConfigError(f"{path} cannot be read: {error}; save it as UTF-8") from None
+    except IsADirectoryError:
+        raise ConfigError(f"{path} is a folder; name the configuration in it") from None
     except OSError as error:
-        raise ConfigError(f"{path} cannot be read: {error}") from None
+        raise ConfigError(f"{path} cannot be read: {unread_reason(error)}") from None
     except (ValueError, RecursionError, yaml.YAMLError) as error:
         raise ConfigError(f"{path} cannot be read: {json_reason(error)}") from None
     except ConfigError as error:

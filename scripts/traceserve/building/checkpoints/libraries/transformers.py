@@ -20,6 +20,11 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
+# What wraps a model in training puts before its weights' names; and where the model is in it.
+_WRAPPERS = {
+    "module.": ("torch's DistributedDataParallel or DataParallel", "model.module"),
+    "_orig_mod.": ("torch.compile", "model._orig_mod"),
+}
 Read = Callable[..., Tuple["PreTrainedModel", Mapping[str, Any]]]
 
 
@@ -52,6 +57,9 @@ def load(config: SetupConfig, checkpoint: Checkpoint) -> Tuple[PreTrainedModel, 
         model, report = read()
     except Exception as error:  # transformers' many models raise anything
         raise SourceError(_refusal(error, config, checkpoint, auto_model.__name__, read)) from error
+    wrapped = _wrapper_note(report)
+    if wrapped:
+        raise SourceError(f"{config.model_name}: {wrapped}")
     model, missing = adapter_weights.merge_adapter(config.model_name, checkpoint, model, _untrained(report, model))
     if missing and not config.allow_untrained_head:
         raise SourceError(
@@ -141,6 +149,18 @@ def _untrained(report: Mapping[str, Any], model: PreTrainedModel) -> List[str]:
     if type(model).__name__.endswith("Model"):  # without a head
         missing = [key for key in missing if not key.startswith("pooler.")]
     return missing
+
+
+def _wrapper_note(report: Mapping[str, Any]) -> Optional[str]:
+    """Say that the weights were saved from within a wrapper, so that transformers knows none of their names; else None."""
+    unread = sorted(report.get("unexpected_keys", ()))
+    for prefix, (wrapper, inside) in _WRAPPERS.items():
+        if report.get("missing_keys") and unread and all(key.startswith(prefix) for key in unread):
+            return (
+                f"its weights' names begin with {prefix}, which {wrapper} puts before them; save them again with "
+                f"{inside}.save_pretrained(folder)"
+            )
+    return None
 
 
 def _unpacked(path: Path) -> Dict[str, object]:
