@@ -324,6 +324,8 @@ def test_each_element_of_a_tensor_is_answered_to_hugging_faces_client(
     [
         ({"inputs": TEXT, "parameters": {"generate_parameters": "none"}}, 400),
         ({"inputs": TEXT, "parameters": 3}, 400),
+        ({"inputs": TEXT, "options": ["use_cache"]}, 400),
+        ({"inputs": TEXT, "options": 0}, 400),
         ({"inputs": {"source_sentence": TEXT, "sentences": [TEXT] * 10_000}}, 413),
         ({"inputs": PAIR, "parameters": {"pooling": "none"}}, 400),
     ],

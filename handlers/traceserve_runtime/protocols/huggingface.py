@@ -99,6 +99,8 @@ def _is_list(body: Body) -> bool:
 def _parameters(value: Mapping[str, object]) -> Dict[str, object]:
     """Return all parameters under our own names; raises InvalidRequest for unsupported ones."""
     found = read_keys(value, _ROOT)
+    if not isinstance(value.get("options", {}), (dict, type(None))):  # of a cache that is not here
+        raise InvalidRequest(f'"options" should be an object, not {kind_of(value["options"])}', "options")
     if value.get("truncate") is not None:
         found["long_inputs"] = "truncate" if boolean(value, "truncate") else "reject"
     given = _given(value)
