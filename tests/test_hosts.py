@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import dataclasses
 import functools
 import gc
 import gzip
+import http.client
 import http.server
 import itertools
 import json
 import os
 import re
+import socket
 import subprocess
 import sys
 import threading
@@ -20,9 +23,10 @@ import weakref
 import zlib
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, AsyncIterator, Awaitable, Callable, Dict, List, NamedTuple, Optional, Tuple, Type
+from typing import Any, AsyncIterator, Awaitable, Callable, Dict, Iterator, List, NamedTuple, Optional, Tuple, Type
 
 import pytest
+import uvicorn
 from conftest import run_export
 from traceserve.archives.archive import pack_archive
 from traceserve.errors import ArchiveError
@@ -372,6 +376,69 @@ def test_large_bodies_together_are_limited(classifier: Service) -> None:
         return sent[0]["status"], second.status, third.status
 
     assert run(asked()) == (200, 503, 200)
+
+
+@contextlib.contextmanager
+def served_over_http(application: asgi.Asgi) -> Iterator[Tuple[str, int]]:
+    """Serve an application by uvicorn; yields its host and port."""
+    server = uvicorn.Server(uvicorn.Config(application, port=0, log_level="error", lifespan="off"))
+    thread = threading.Thread(target=server.run, daemon=True)
+    thread.start()
+    while not server.started:
+        time.sleep(0.01)
+    try:
+        yield server.servers[0].sockets[0].getsockname()
+    finally:
+        server.should_exit = True
+        thread.join()
+
+
+@pytest.mark.parametrize("routed", [False, True])
+def test_bodies_that_do_not_come_leave_their_room_to_others(routed: bool, classifier: Service) -> None:
+    """A connection that sends all but the last byte, and then nothing, would have others refused for as long as it stays."""
+    limits = Limits(largest_body=1000, all_bodies=1000, body_seconds=0.5)
+    hosted = Hosted(classifier, limits)
+    shares = {"small": {"1.0": 1.0}}
+    router = Router(shares, limits, lambda name, version, scope, body: messages(hosted.application, scope, body))
+    with served_over_http(router if routed else hosted.application) as address:
+
+        def status() -> int:
+            with contextlib.closing(http.client.HTTPConnection(*address, timeout=10)) as client:
+                client.request("POST", "/predictions/small", b"x" * 900, {"Content-Type": "text/plain"})
+                return client.getresponse().status
+
+        with socket.create_connection(address, timeout=10) as idle:
+            head = "POST /predictions/small HTTP/1.1\r\nHost: x\r\nContent-Type: text/plain\r\nContent-Length: 1000\r\n\r\n"
+            idle.sendall(head.encode() + b"x" * 999)
+            while status() != 503:
+                time.sleep(0.01)
+            response = http.client.HTTPResponse(idle)
+            response.begin()
+            error = json.loads(response.read())["error"]
+            assert response.status == 408 and error["type"] == "TimedOut" and "too slowly" in error["message"]
+            assert idle.recv(1) == b"", "the connection ends"
+        assert status() == 200
+
+
+def test_a_body_that_comes_steadily_has_more_time(classifier: Service, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(asgi, "_LEAST_PACE", 100)
+    parts = [b"x" * 10] * 8
+
+    async def ask() -> List[Message]:
+        sent: List[Message] = []
+
+        async def receive() -> Message:
+            await asyncio.sleep(0.05)
+            return {"type": "http.request", "body": parts.pop(), "more_body": bool(parts)}
+
+        async def send(message: Message) -> None:
+            sent.append(message)
+
+        scope = {"type": "http", "method": "POST", "path": "/predictions/small", "headers": []}
+        await Hosted(classifier, Limits(body_seconds=0.1)).application(scope, receive, send)
+        return sent
+
+    assert run(ask())[0]["status"] == 200
 
 
 @pytest.mark.parametrize("body", [b"a&" * 600_000, b"text=" + b"%41" * 400_000, b"&".join([b"a=b"] * 1200)])

@@ -57,6 +57,7 @@ _METHODS = ("GET", "POST", "HEAD")
 _SECONDS_OF_LIVENESS = 1.5  # that a canary has; later the queue's progress decides
 _SECONDS_OF_HEALTH = 1.0  # that a canary's answer holds
 _LONGEST_STANDSTILL = 60.0  # seconds
+_LEAST_PACE = 1 << 18  # of a body, in bytes per second: a slower one keeps others' room
 # A form is decoded in the event loop: for a tenth of a second at most.
 _LARGEST_FORM, _MOST_FIELDS = 1 << 20, 1000
 
@@ -87,6 +88,9 @@ class Limits:
     queue: int = 1000  # calls that may wait; more are answered with 503
     timeout: float = 120.0  # seconds until an answer, or its first piece
     all_bodies: int = 64 << 20  # bytes of those that are read, or wait for their answers; at least room for one
+    body_seconds: float = (
+        30.0  # in which a body has come, and what the least pace takes for those of its bytes that have
+    )
 
     def check(self, method: str, headers: Mapping[str, str]) -> None:
         """Raise Refused for a request without the key, or of another method."""
@@ -97,8 +101,8 @@ class Limits:
             raise Refused(405, "MethodNotAllowed", "send GET or POST", {"allow": ", ".join(_METHODS)})
 
     async def body(self, headers: Mapping[str, str], receive: Receive, take: Callable[[int], None]) -> bytes:
-        """The whole body, for which `take` makes room; raises Refused for a larger one, Left where the client goes before its
-        end."""
+        """The whole body, for which `take` makes room; raises Refused for a larger or a slow one, Left where the client goes
+        before its end."""
         from traceserve_runtime.protocols.bodies import length_in
 
         most = self.largest_body
@@ -107,8 +111,9 @@ class Limits:
             raise too_large
         parts: List[bytes] = []
         size = 0
+        began = time.monotonic()
         while True:
-            message = await receive()
+            message = await _within(began + self.body_seconds + size / _LEAST_PACE, receive)
             if message["type"] == "http.disconnect":
                 raise Left
             parts.append(message.get("body", b""))
@@ -118,6 +123,15 @@ class Limits:
             take(len(parts[-1]))
             if not message.get("more_body", False):
                 return b"".join(parts)
+
+
+async def _within(deadline: float, receive: Receive) -> Message:
+    """The next message of a body; raises Refused where it comes too late."""
+    try:
+        return await asyncio.wait_for(receive(), deadline - time.monotonic())
+    except asyncio.TimeoutError:
+        message = "the body came too slowly; send it again, or a smaller one"
+        raise Refused(408, "TimedOut", message, {"connection": "close"}) from None
 
 
 class Bodies:
