@@ -6,6 +6,7 @@ import gc
 import os
 import random
 import signal
+import weakref
 from pathlib import Path
 from typing import Any, Callable, Dict, Iterator, List, Optional, Sequence, Set, Tuple
 
@@ -28,11 +29,13 @@ from traceserve.building.gate.texts import SENTENCES, TEXTS
 from traceserve.building.gate_options import GateOptions
 from traceserve.building.samples import OwnSamples
 from traceserve_runtime import processor
+from traceserve_runtime.batching.batches import Stats
 from traceserve_runtime.engine import Engine, Work
 from traceserve_runtime.pending import Pending
 from traceserve_runtime.runner import Arrays, Padding
 from traceserve_runtime.runtimes.graph import load_module
 from traceserve_runtime.runtimes.torchscript import devices, packing
+from traceserve_runtime.service import Call, SendPiece, Service
 from traceserve_runtime.tasks.contract import Request
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -164,6 +167,27 @@ def finish(work: Work, most: int = 10_000) -> int:
         turns += 1
         assert turns < most
     return turns
+
+
+def left_behind(service: Service, call: Call, send: Optional[SendPiece] = None, leaves: bool = False) -> List[Any]:
+    """Answer a call, or leave it, without the garbage collector; return what is still in memory of it."""
+    gc.collect()
+    gc.disable()
+    try:
+        session = service.session(Stats())
+        [exchange] = session.join([call], [send])
+        seen = [weakref.ref(each) for each in (exchange, *exchange.pending)]
+        if leaves:
+            session.leave(exchange)
+            session.turn()
+        while session.busy:
+            session.turn()
+        assert leaves or exchange.reply is not None
+        seen += [weakref.ref(exchange.reply)] if exchange.reply is not None else []
+        del exchange
+        return [each() for each in seen if each() is not None]
+    finally:
+        gc.enable()
 
 
 class Called:

@@ -1118,6 +1118,28 @@ def test_calls_that_joined_and_wait_for_their_turn_count_in_the_queue(classifier
     assert [answer.status for answer in run(ask())] == [200] * 6 + [503] * 2
 
 
+@pytest.mark.parametrize("name", ["sequence_classification", "text_generation"])
+def test_answers_are_freed_without_a_garbage_collection(name: str, folders: Dict[str, Path]) -> None:
+    """Full ones are rare, since hosts freeze what they have loaded: answers that waited for one would fill the memory."""
+
+    async def ask() -> None:
+        hosted = Hosted(Service(Engine.load(folders[name]), "small"))
+        whole, streamed = {"text": TEXT}, {"text": TEXT, "parameters": {"stream": True, "max_new_tokens": 5}}
+        for body in (whole, streamed if name == "text_generation" else whole, {"text": 5}, b"{"):
+            await hosted.ask("/predictions/small", body, content_type="application/json")
+        while hosted.batcher._busy:
+            await asyncio.sleep(0.01)
+        kept = (Exchange, core.Reply, Call)
+        assert [type(each).__name__ for each in gc.get_objects() if type(each) in kept] == []
+
+    gc.collect()
+    gc.disable()
+    try:
+        run(ask())
+    finally:
+        gc.enable()
+
+
 # Several archives
 
 

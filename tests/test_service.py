@@ -14,7 +14,7 @@ from typing import Any, Callable, Dict, List, Mapping, Tuple
 
 import numpy as np
 import pytest
-from conftest import run_export
+from conftest import left_behind, run_export
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer
@@ -916,3 +916,32 @@ def test_a_text_that_cannot_be_probed_is_its_owners(
     bodies = [TEXT, "hard " * most, "easy " * most]
     statuses = [reply.status for reply in service.answer([asked({"text": text}) for text in bodies])]
     assert statuses == [200, 413, 413] and {*probed} == {"hard", "easy"}
+
+
+CALLS: Mapping[str, List[Tuple[str, Any]]] = {
+    "sequence_classification": [("", {"inputs": [TEXT, OTHER]}), ("", {"text": 5}), ("v1/embeddings", {"input": [1]})],
+    "feature_extraction": [("", {"inputs": [TEXT, OTHER], "parameters": {"pooling": "none"}}), ("", b"{")],
+    "text_ranking": [("rerank", {"query": TEXT, "documents": [TEXT, OTHER]})],
+    "text_generation": [
+        ("", {"text": PROMPT, "parameters": {"max_new_tokens": 5, "details": True, "stop": "zz"}}),
+        ("", {"text": PROMPT, "parameters": {"max_new_tokens": 5, "stream": True}}),
+        ("", {"text": PROMPT, "parameters": {"num_beams": 2, "max_new_tokens": 5}}),
+        ("v1/chat/completions", {"messages": CHAT, "max_tokens": 5, "stream": True}),
+    ],
+    "zero_shot_classification": [("", {"text": TEXT, "parameters": {"candidate_labels": ["sea", "land"]}})],
+}
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+@pytest.mark.parametrize("leaves", [False, True])
+def test_an_answered_call_is_freed_at_once(services: Dict[str, Service], streamed: bool, leaves: bool) -> None:
+    """Hosts freeze what they have loaded, and full garbage collections are rare: answers in a cycle would fill the memory."""
+    kept = []
+    for task, calls in CALLS.items():
+        for path, body in calls:
+            sent: List[bytes] = []
+            send = (lambda piece, headers, sent=sent: sent.append(piece)) if streamed else None
+            kept += [
+                (task, path, each()) for each in left_behind(services[task], asked(body, path), send, leaves) if each()
+            ]
+    assert not kept

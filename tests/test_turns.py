@@ -14,7 +14,7 @@ from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple, cast
 
 import numpy as np
 import pytest
-from conftest import Called, finish, joined, run_export
+from conftest import Called, finish, joined, left_behind, run_export
 from oracle import rounded
 from traceserve.building.gate.texts import SENTENCES, VERY_LONG
 from traceserve_runtime import rounds, service
@@ -102,6 +102,13 @@ def test_each_is_answered_as_alone_whatever_joins_when(task: str, engine_of: Mak
         for i, pending in zip(arrivals, found):
             assert [value_of(each.answer()) for each in pending] == [rounded(each, 1e-5) for each in alone[i]]
         assert len(found) == len(alone)
+
+
+@pytest.mark.parametrize("task", OPTIONS)
+def test_nothing_is_left_behind_by_an_answered_call(task: str, engine_of: Make) -> None:
+    request = request_for(task, random.Random(0), None)
+    body = {**request.inputs, "parameters": request.parameters}
+    assert left_behind(Service(engine_of(task), "turns"), Call({"body": body}, Headers("application/json"))) == []
 
 
 def texts(count: int, group: int, text: str = "Yes.") -> List[Request]:

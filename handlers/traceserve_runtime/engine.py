@@ -351,14 +351,13 @@ class Work:
 
     def _write(self, loop: WritingLoop, pending: Pending, encoded: Encoded, jobs: Sequence[Job]) -> None:
         pending.members = [self._engine.task.member(job) for job in jobs]
-        pending.result = partial(self._written, pending, encoded)
+        pending.result = partial(self._written, pending.request, encoded, pending.members)
         for member in pending.members:
             loop.join(member)
 
-    def _written(self, pending: Pending, encoded: Encoded) -> Result:
+    def _written(self, request: Request, encoded: Encoded, members: Sequence[Member]) -> Result:
         """Return the answer of a request whose rows left the loop."""
-        outputs = [self._output(member) for member in pending.members]
-        return self._engine.decode(pending.request, encoded, outputs)
+        return self._engine.decode(request, encoded, [self._output(member) for member in members])
 
     def _output(self, member: Member) -> Union[Arrays, TraceserveError]:
         if member.error is None:

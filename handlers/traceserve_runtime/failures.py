@@ -20,9 +20,21 @@ def contained(doing: str, act: Callable[[], Result]) -> Union[Result, Traceserve
         with panics():
             return act()
     except TraceserveError as error:
-        return error.with_traceback(None)  # its frames hold the request's data until the batch is answered
+        if error.__cause__ is None:  # else `log` needs the frames
+            _drop_frames(error)
+        return error.with_traceback(None)
     except Exception as error:  # the edge of one request
         return unexpected(error, doing)
+
+
+def _drop_frames(error: Optional[BaseException]) -> None:
+    """Drop the frames of an error and of those that led to it.
+
+    They and their callers hold the request, and the error itself: all of it would stay in memory until a full garbage collection.
+    """
+    while error is not None:
+        error.__traceback__ = None
+        error = error.__cause__ or error.__context__
 
 
 class panics:
@@ -58,7 +70,8 @@ def of_the_model(error: Exception) -> ModelFailure:
 
 
 def log(answers: Sequence[object]) -> None:
-    """Log the types and tracebacks of server errors, each kind once; no message, since it may contain a text."""
+    """Log the types and tracebacks of server errors, each kind once; no message, since it may contain a text. Then the
+    tracebacks are dropped."""
     kinds: Dict[Tuple[str, str], List[TraceserveError]] = {}
     for answer in answers:
         if isinstance(answer, TraceserveError) and answer.status >= 500 and answer.__cause__ is not None:
@@ -67,3 +80,6 @@ def log(answers: Sequence[object]) -> None:
             kinds.setdefault((type(cause).__name__, where), []).append(answer)
     for (name, where), failed in kinds.items():
         logger.error("traceserve: %s in %d of %d requests\n%s", name, len(failed), len(answers), where)
+    for answer in answers:
+        if isinstance(answer, TraceserveError):
+            _drop_frames(answer)

@@ -104,21 +104,18 @@ class Service:
 
     def read(self, call: Call, index: int, protocol: Protocol) -> Union[Body, Document, TraceserveError]:
         """Return a call's requests, a document that needs no model, or an error."""
-        try:
-            if call.headers.refused:
-                raise NotOffered(call.headers.refused)
-            with failures.panics():  # token ids are decoded here
-                body = protocol.read(call.parts, call.headers, self.served, index)
-            if isinstance(body, Body) and not body.streamable and any(map(self.engine.task.streams, body.requests)):
-                raise InvalidRequest(
-                    "a stream is plain text: send its request alone, not in a list and not in KServe's protocols",
-                    "parameters.stream",
-                )
-            return body
-        except TraceserveError as error:
-            return error
-        except Exception as error:  # an outer edge: only this call fails
-            return failures.unexpected(error, "it read this request")
+        return failures.contained("it read this request", partial(self._read, call, index, protocol))
+
+    def _read(self, call: Call, index: int, protocol: Protocol) -> Union[Body, Document]:
+        if call.headers.refused:
+            raise NotOffered(call.headers.refused)
+        body = protocol.read(call.parts, call.headers, self.served, index)
+        if isinstance(body, Body) and not body.streamable and any(map(self.engine.task.streams, body.requests)):
+            raise InvalidRequest(
+                "a stream is plain text: send its request alone, not in a list and not in KServe's protocols",
+                "parameters.stream",
+            )
+        return body
 
     def reply_to(self, exchange: Exchange, result: _Result, stats: Stats) -> Reply:
         """Return the response to a call that is being answered."""
@@ -204,6 +201,12 @@ class Exchange:
         if cut and not self._stream.started:
             self._unseen = _truncated({0: cut})
         self._stream.tell(text, tokens)
+
+    def release(self) -> None:
+        """Drop what calls back: in such a cycle the answer would stay in memory until a full garbage collection."""
+        self.pending = []
+        self._send = None
+        self._stream.close()
 
     @property
     def done(self) -> bool:
@@ -315,6 +318,7 @@ class Session:
         self._live = [each for each in self._live if each is not exchange]
         for pending in exchange.pending:
             self._work.leave(pending)
+        exchange.release()
 
     def _result(self, exchange: Exchange) -> _Result:
         return exchange.result(self._service.served, self._service.engine.task, self._stats)
@@ -327,3 +331,4 @@ class Session:
 
     def _reply(self, exchange: Exchange, result: _Result) -> None:
         exchange.reply = self._service.reply_to(exchange, result, self._stats)
+        exchange.release()

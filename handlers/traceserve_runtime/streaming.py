@@ -64,6 +64,10 @@ class Stream:
             return self.ended(ModelFailure("the model failed while it wrote, and began another text; ask again"))
         return self._frames.end(text[len(self._told) :], answer or Answer(text), self._tokens)
 
+    def close(self) -> None:
+        """Send nothing more."""
+        self._send = None
+
     def ended(self, error: TraceserveError) -> bytes:
         """Return the last piece of a stream that fails."""
         return self._frames.failed(error)
