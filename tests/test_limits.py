@@ -9,6 +9,7 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any, Dict, List, Optional, Sequence, Tuple
 
+import numpy as np
 import pytest
 from conftest import run_export
 from hypothesis import given
@@ -16,6 +17,7 @@ from hypothesis import strategies as st
 from traceserve_runtime.batching.batches import Stats
 from traceserve_runtime.engine import Engine
 from traceserve_runtime.errors import InputTooLong
+from traceserve_runtime.tasks import feature_extraction
 from traceserve_runtime.tasks.contract import Answer, Request
 from traceserve_runtime.texts import limits
 from traceserve_runtime.texts.limits import RequestLimits
@@ -278,6 +280,23 @@ def test_the_tokens_of_a_group_are_limited(engine: Engine) -> None:
     assert all(isinstance(answer, Answer) for answer in answers[:64])
     assert all(isinstance(answer, InputTooLong) for answer in answers[64:])
     assert "2,080 tokens" in str(answers[-1]) and "may have 2,048" in str(answers[-1])
+
+
+def test_the_token_vectors_of_a_group_are_limited(others: Dict[str, Engine], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their JSON would hold the worker; pooled vectors, and the longest text's, are answered."""
+    engine = others["feature_extraction"]
+    engine.warm_up()
+    [short, long] = engine.answer([Request({"text": " ".join(["."] * count)}) for count in (2, 30)])
+    assert isinstance(short, Answer) and isinstance(long, Answer)
+    size = np.shape(short.value)[-1]
+    monkeypatch.setattr(feature_extraction, "_MOST_NUMBERS", 16 * size)
+    fit, more = [Request({"text": ". ."}, {}, 0)] * 8, [Request({"text": ". ."}, {}, 1)] * 9
+    pooled = [Request({"text": ". ."}, {"pooling": "mean"}, 2)] * 9
+    longest = [Request({"text": " ".join(["."] * 30)}, {}, 3)]
+    answers = engine.answer([*fit, *more, *pooled, *longest])
+    assert [type(answer) for answer in answers] == [Answer] * 8 + [InputTooLong] * 9 + [Answer] * 10
+    assert f"{36 * size:,} numbers" in str(answers[8]) and "ask for a pooling" in str(answers[8])
+    assert answers[-1] == long
 
 
 @given(st.lists(st.sampled_from([0, 0, 0, 1]), max_size=30), st.booleans())

@@ -159,13 +159,14 @@ class Engine:
     def _limit_groups(
         self, requests: Sequence[Request], encoded: List[Union[Encoded, TraceserveError]]
     ) -> List[Union[Encoded, TraceserveError]]:
-        """Refuse each group whose requests together exceed the rows or tokens of one HTTP request."""
+        """Refuse each group whose requests together exceed the rows or tokens of one HTTP request, or its answers' size."""
         measured = (
             (request.group, len(item.rows), sum(row.length for row in item.rows))
             for request, item in zip(requests, encoded)
             if isinstance(item, Encoded)
         )
-        refused = limits.refused_groups(measured, self.task.tokenizer.limits.of_rows)
+        refused = self.task.refused_answers(requests, encoded)
+        refused = {**refused, **limits.refused_groups(measured, self.task.tokenizer.limits.of_rows)}
         if not refused:
             return encoded
         return [refused.get(request.group, item) for request, item in zip(requests, encoded)]

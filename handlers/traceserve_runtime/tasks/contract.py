@@ -300,6 +300,12 @@ class Task:
         encoded = iter(self.tokenizer.encode(flat, how))
         return [part if isinstance(part, TraceserveError) else _joined([next(encoded) for _ in part]) for part in parts]
 
+    def refused_answers(
+        self, requests: Sequence[Request], encoded: Sequence[Union[Encoded, TraceserveError]]
+    ) -> Dict[Optional[int], InputTooLong]:
+        """Return the groups whose answers would be too large, and why; none by default."""
+        return {}
+
     def decode(self, request: Request, rows: Sequence[Row], outputs: Sequence[Arrays]) -> Json:
         """Make the answer, ready for JSON, from the outputs of a request's rows."""
         raise NotImplementedError

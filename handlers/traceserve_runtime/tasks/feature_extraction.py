@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Dict, List, Mapping, Sequence, Union
+from typing import Any, Dict, List, Mapping, Optional, Sequence, Union
 
 import numpy as np
 
@@ -15,12 +15,15 @@ from traceserve_runtime.tasks.contract import ModelFacts, Parts, Request, Task, 
 from traceserve_runtime.tasks.embedding import POOLINGS, apply, normalized, pool
 from traceserve_runtime.tasks.parameters import Field, Output, Parameter
 from traceserve_runtime.tasks.scores import average
-from traceserve_runtime.texts.limits import most_of_a_row
+from traceserve_runtime.texts.limits import most_of_a_row, refused_groups
 from traceserve_runtime.texts.rows import Encoded, Row, Segments
 from traceserve_runtime.texts.tokenization import TextTokenizer
 
 # The facts of a checkpoint that is not from sentence-transformers.
 _NONE: Dict[str, object] = {"prompts": {}, "include_prompt": True, "layers": [], "arrays": None, "dimensions": None}
+# In the token vectors that one HTTP request is answered with, 60 MB of JSON, which take a second or two to write; a text of
+# max_length may have more.
+_MOST_NUMBERS = 3 << 20
 
 
 class FeatureExtraction(Task):
@@ -55,6 +58,7 @@ class FeatureExtraction(Task):
     def __init__(self, manifest: Manifest, tokenizer: TextTokenizer) -> None:
         super().__init__(manifest, tokenizer)
         self._arrays: Dict[str, np.ndarray] = {}
+        self._size: Optional[int] = None  # of a token's vector, once the model has run
 
     @classmethod
     def defaults(cls, model: ModelFacts) -> Dict[str, object]:
@@ -123,6 +127,32 @@ class FeatureExtraction(Task):
             item if isinstance(item, TraceserveError) else without_prefix(item, "text", len(self.prompt(request)))
             for request, item in zip(requests, encoded)
         ]
+
+    def refused_answers(
+        self, requests: Sequence[Request], encoded: Sequence[Union[Encoded, TraceserveError]]
+    ) -> Dict[Optional[int], InputTooLong]:
+        """Refuse too many token vectors. Before the first run their size is not known."""
+        measured = (
+            (request.group, len(item.rows), sum(row.length for row in item.rows))
+            for request, item in zip(requests, encoded)
+            if isinstance(item, Encoded) and self.parameter(request, "pooling") == "none"
+        )
+        return refused_groups(measured, self._check_numbers)
+
+    def _check_numbers(self, rows: int, tokens: int) -> Optional[InputTooLong]:
+        size = self._size or 0
+        most = max(_MOST_NUMBERS, self.manifest.max_length * size)
+        if tokens * size <= most:
+            return None
+        return InputTooLong(
+            f"the answer would have {tokens * size:,} numbers, {size:,} for each of {tokens:,} tokens; one request may have "
+            f"{most:,}; send fewer texts, or ask for a pooling (cls, mean)",
+            "parameters.pooling",
+        )
+
+    def keep(self, row: Row, outputs: Arrays) -> Arrays:
+        self._size = outputs["last_hidden_state"].shape[-1]
+        return outputs
 
     def decode(self, request: Request, rows: Sequence[Row], outputs: Sequence[Arrays]) -> Json:
         pooling = self.parameter(request, "pooling")
