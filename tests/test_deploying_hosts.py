@@ -7,6 +7,7 @@ import gzip
 import http.client
 import json
 import os
+import shutil
 import signal
 import subprocess
 import tarfile
@@ -141,6 +142,11 @@ def test_only_the_archive_that_was_deployed_is_served(
     assert "it is another one, or damaged" in str(sagemaker.main(["serve"], str(model[1]), {}))
     unpack(mar, tmp_path / "unpacked")  # as earlier versions put it into model.tar.gz
     assert "is an unpacked archive" in str(sagemaker.main(["serve"], str(tmp_path / "unpacked"), {}))
+    for name in ("one.mar", "two.mar"):  # of several archives in a folder none is taken
+        shutil.copy(mar, tmp_path / "unpacked" / name)
+    assert "is an unpacked archive" in str(sagemaker.main(["serve"], str(tmp_path / "unpacked"), {}))
+    (tmp_path / "unpacked" / "traceserve.json").unlink()
+    assert "there is no archive" in str(sagemaker.main(["serve"], str(tmp_path / "unpacked"), {}))
 
 
 def test_ping_and_invocations(container: Container) -> None:
