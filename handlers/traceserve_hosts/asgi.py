@@ -88,9 +88,8 @@ class Limits:
     queue: int = 1000  # calls that may wait; more are answered with 503
     timeout: float = 120.0  # seconds until an answer, or its first piece
     all_bodies: int = 64 << 20  # bytes of those that are read, or wait for their answers; at least room for one
-    body_seconds: float = (
-        30.0  # in which a body has come, and what the least pace takes for those of its bytes that have
-    )
+    # In which a body has to come after its first bytes, beside what the least pace takes for those that have come.
+    body_seconds: float = 30.0
 
     def check(self, method: str, headers: Mapping[str, str]) -> None:
         """Raise Refused for a request without the key, or of another method."""
@@ -113,7 +112,9 @@ class Limits:
         size = 0
         began = time.monotonic()
         while True:
-            message = await _within(began + self.body_seconds + size / _LEAST_PACE, receive)
+            deadline = began + self.body_seconds + size / _LEAST_PACE
+            # Before the first part none holds room, and most bodies have no other.
+            message = await (_within(deadline, receive) if parts else receive())
             if message["type"] == "http.disconnect":
                 raise Left
             parts.append(message.get("body", b""))

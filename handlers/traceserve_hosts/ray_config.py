@@ -38,7 +38,7 @@ class Hosted:
 
     address: str  # a path that every machine has, or a URL that fsspec opens
     name: str
-    version: str
+    version: str = "1.0"  # an archive's whose configuration names none
     sha256: Optional[str] = None  # of the archive; what is fetched is compared
     replicas: Replicas = Replicas()
     share: float = 1.0  # of the requests to /predictions/NAME, relative to its other versions
