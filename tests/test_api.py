@@ -188,7 +188,7 @@ def test_errors_speak_of_arguments(archive: traceserve.BuiltArchive, checkpoint:
     bodies: List[Any] = ["A red flower.", {"txt": "A green leaf."}]
     with pytest.raises(ConfigError, match=r"^samples\[1\]: ") as wrong:
         traceserve.build(name, task="feature_extraction", output=tmp_path / "x", store=tmp_path, samples=bodies)
-    with pytest.raises(ExportError, match="exists already; force=True replaces it, output or store writes") as taken:
+    with pytest.raises(ExportError, match="exists already; force=True replaces it, output writes") as taken:
         traceserve.build(name, output=archive.path.parents[1] / "colours")
     with pytest.raises(MissingPackage, match="the caller asks for the device meta") as device:
         traceserve.load(archive, device="meta")

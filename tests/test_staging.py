@@ -566,8 +566,18 @@ def test_an_artifact_and_an_empty_folder_are_replaced_by_force(tmp_path: Path, m
     Path("empty").mkdir()
     for output in (Path("artifacts/thing"), Path("empty")):
         assert targets(tmp_path, output=output, force=True).artifact == output
-        with pytest.raises(ExportError, match="exists already; --force replaces it"):
+        with pytest.raises(ExportError, match="exists already; --force replaces it, --output writes elsewhere"):
             targets(tmp_path, output=output)
+
+
+def test_where_an_archive_exists_the_error_names_the_option_of_its_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`traceserve archive` has no --output."""
+    monkeypatch.chdir(tmp_path)
+    put_file(Path("model_store/thing.mar"), "old")
+    with pytest.raises(ArchiveError, match="thing.mar exists already; --force replaces it, --store writes elsewhere"):
+        targets(tmp_path)
 
 
 @pytest.mark.parametrize("force", [False, True], ids=["", "force"])

@@ -49,15 +49,17 @@ _UNWRITABLE = {
 _own: Set[Path] = set()  # on NFS a process does not see its own locks
 
 
-def check_replaceable(target: Path, force: bool, error: Type[TraceserveError]) -> None:
-    """Raise `error` if `target` exists and may not be replaced: a link to nothing never, of another its target by force."""
+def check_replaceable(target: Path, force: bool, error: Type[TraceserveError], elsewhere: str = "output") -> None:
+    """Raise `error` if `target` exists and may not be replaced: a link to nothing never, of another its target by force.
+
+    The option `elsewhere` names another place.
+    """
     with _writing(target):
         dangling, exists = _dangling(target), target.exists()
     if dangling is not None:
         raise error(dangling)
     if exists and not force:
-        elsewhere = f"{option('output')} or {option('store')}"
-        raise error(f"{target} exists already; {switch('force')} replaces it, {elsewhere} writes elsewhere")
+        raise error(f"{target} exists already; {switch('force')} replaces it, {option(elsewhere)} writes elsewhere")
 
 
 @contextlib.contextmanager

@@ -103,7 +103,7 @@ def _check_archive(path: Path, force: bool) -> None:
     """Raise ArchiveError if there is a folder or, unless `force`, an archive."""
     if path.is_dir():
         raise ArchiveError(f"{path} is a folder, not an archive; choose another {option('store')}")
-    staging.check_replaceable(path, force, ArchiveError)
+    staging.check_replaceable(path, force, ArchiveError, "store")
 
 
 def _check_parents(path: Path, given: str, error: Type[TraceserveError]) -> None:
