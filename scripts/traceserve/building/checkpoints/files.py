@@ -74,7 +74,7 @@ _CHECKPOINT = re.compile(r"checkpoint-(\d+)$")
 # The modules in a pickle of weights; a whole model names its own classes.
 _OF_WEIGHTS = ("torch", "collections", "numpy", "_codecs", "builtins", "__builtin__")
 _PICKLED_MODELS = ("*.pt", "*.pth", "*.pkl", "*.pickle", "*.ckpt", "*.bin")
-# config.json's keys for the implementation of attention, and a name of one. With a slash, transformers 4.56 and later
+# config.json's keys for the implementation of attention, and a name of one. With a slash, transformers 4.56 to 5.2
 # download a kernel from the hub and run it (CVE-2026-4372), whatever trust_remote_code says.
 _ATTENTION_KEYS = ("attn_implementation", "_attn_implementation", "_attn_implementation_internal")
 _ATTENTION_NAME = re.compile(r"\w+")
