@@ -203,6 +203,8 @@ WRITING = {
 # or keeps no cache between steps.
 UNEVEN = {
     "longformer": Architecture("LongformerConfig", "roberta", {**SIZE, "attention_window": 8}),
+    # It reads more than 28 tokens with block-sparse attention.
+    "big_bird": Architecture("BigBirdConfig", "roberta", {**SIZE, "block_size": 4, "num_random_blocks": 1}),
     "fnet": Architecture("FNetConfig", "bert", {**SIZE, "tpu_short_seq_length": 16}),
     "convbert": Architecture("ConvBertConfig", "bert", {**SIZE, "embedding_size": 32, "conv_kernel_size": 3}),
     "reformer": Architecture(

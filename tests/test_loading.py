@@ -12,6 +12,7 @@ from typing import Any, Callable, Dict, List, Optional, Tuple
 import pytest
 import tokenizers
 import torch
+import transformers
 from conftest import run_export
 from oracle import answers, generated
 from safetensors.torch import load_file, save_file
@@ -27,7 +28,7 @@ from traceserve.errors import ConfigError, ExportError, SourceError
 from traceserve_runtime.engine import Engine
 from traceserve_runtime.errors import TraceserveError, Unsupported
 from traceserve_runtime.tasks import TASKS
-from traceserve_runtime.tasks.contract import Request
+from traceserve_runtime.tasks.contract import Answer, Request
 from traceserve_runtime.texts.tokenization import TextTokenizer
 
 Make = Callable[..., Path]
@@ -161,6 +162,36 @@ def test_max_length(architecture: str, default: int, limit: int, checkpoint: Mak
     for content in ({"max_length": limit + 1}, {"sequence_lengths": [16, limit + 1]}):
         with pytest.raises(ConfigError, match=f"max_length is {limit + 1}, but .* reads at most {limit} tokens"):
             original(folder, **content)
+
+
+def test_block_sparse_attention(checkpoint: Make, tmp_path: Path) -> None:
+    """BigBird reads long rows with it until it has read a short one: an original that was asked both would prove nothing."""
+    folder = checkpoint("big_bird")
+    for length in (29, 160):
+        with pytest.raises(
+            ConfigError, match=f"max_length is {length}, but .* rows of more than 28 tokens with block-sparse"
+        ):
+            original(folder, max_length=length)
+    assert original(folder).max_length == 28
+    run_export(tmp_path / "out", {"model_name": str(folder), "task": "sequence_classification"})
+    engine = Engine.load(tmp_path / "out")
+    for text in ("The boat lay in the old harbour", "A letter"):
+        fresh = transformers.pipeline(
+            "text-classification", model=str(folder), device="cpu"
+        )  # its model has read nothing
+        [answer] = engine.answer([Request({"text": text}, {})])
+        [expected] = fresh([text])
+        assert isinstance(answer, Answer) and answer.value["label"] == expected["label"]
+        assert answer.value["score"] == pytest.approx(expected["score"], abs=1e-5)
+    config = json.loads((folder / "config.json").read_text())
+    whole = Path(shutil.copytree(folder, tmp_path / "whole"))
+    write_json(whole / "config.json", {**config, "attention_type": "original_full"})
+    assert original(whole, max_length=160).max_length == 160
+
+
+def test_the_attention_of_a_model_that_was_loaded_is_to_all(checkpoint: Make) -> None:
+    model = original(checkpoint("big_bird")).model
+    assert {getattr(module, "attention_type", "original_full") for module in model.modules()} == {"original_full"}
 
 
 RELATIVE = {

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Optional, Type
+from typing import TYPE_CHECKING, Callable, Optional, Type
 
 from traceserve_runtime.tasks import TASKS
 
@@ -33,15 +33,45 @@ def max_length(
     if wanted is None:
         task = TASKS[config.task]
         own = _sentence_length(task, checkpoint)
-        limits = (tokenizer.model_max_length, positions, own or task.longest_default)
+        limits = (tokenizer.model_max_length, positions, _whole_attention(model), own or task.longest_default)
         return int(min(limit for limit in limits if limit is not None))
     if positions is not None and wanted > positions:
         raise ConfigError(
             f"max_length is {wanted}, but {config.model_name} reads at most {positions} tokens: it has no more positions"
         )
+    _check_attention(config.model_name, model, wanted)
     if positions is None or wanted > tokenizer.model_max_length:
         _check_reads(config.model_name, model, wanted, tokenizer.model_max_length)
     return int(wanted)
+
+
+def attend_to_all(model: PreTrainedModel) -> None:
+    """Let a BigBird's tokens attend to all others, as transformers does for good at the first row that is not longer than
+    `_whole_attention`: its answers would depend on what it was asked before."""
+    if _whole_attention(model) is not None:
+        for module in model.modules():  # the outer ones first, which change those in them
+            set_type: Optional[Callable[[str], None]] = getattr(module, "set_attention_type", None)
+            if set_type is not None:
+                set_type("original_full")
+
+
+def _whole_attention(model: PreTrainedModel) -> Optional[int]:
+    """Return the longest row whose tokens attend to all others in a model that reads longer ones with block-sparse attention;
+    None for all other models. (The number is in BigBird's and BigBird-Pegasus' code alone.)"""
+    config = model.config
+    if not any(getattr(module, "attention_type", None) == "block_sparse" for module in model.modules()):
+        return None
+    return int((5 + 2 * config.num_random_blocks) * config.block_size)
+
+
+def _check_attention(name: str, model: PreTrainedModel, wanted: int) -> None:
+    limit = _whole_attention(model)
+    if limit is not None and wanted > limit:
+        raise ConfigError(
+            f"max_length is {wanted}, but {name} reads rows of more than {limit} tokens with block-sparse attention, and shorter "
+            f"ones with attention to all tokens, which no graph can hold both; set max_length to {limit}, or, for attention to "
+            f'all tokens at any length, "attention_type": "original_full" in a copy of its config.json'
+        )
 
 
 def _sentence_length(task: Type[Task], checkpoint: Checkpoint) -> Optional[int]:

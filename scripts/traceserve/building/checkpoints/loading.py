@@ -27,7 +27,7 @@ from traceserve.building.checkpoints import (
 )
 from traceserve.building.checkpoints.checkpoint import Checkpoint
 from traceserve.building.checkpoints.labels import labels as checkpoint_labels
-from traceserve.building.checkpoints.lengths import max_length
+from traceserve.building.checkpoints.lengths import attend_to_all, max_length
 from traceserve.building.checkpoints.libraries import LOADERS
 from traceserve.building.checkpoints.lookups import id_of_token
 from traceserve.building.checkpoints.original import ARRAYS_FILE, Original
@@ -67,6 +67,7 @@ def load_original(config: SetupConfig, checkpoint: Checkpoint, config_folder: Pa
     case.follow_sentence_transformers(task, checkpoint, tokenizer)
     labels = checkpoint_labels(config, model, config_folder) if task.labelled else ()
     most = max_length(config, checkpoint, model, tokenizer)
+    attend_to_all(model)
     shortest = 1 if task.loop else short_rows.shortest(model, tokenizer, inputs, most)
     embedding = sentence_transformers.read_modules(checkpoint) if task.reads_vectors else Embedding()
     settings = generation.settle_generation(model, task, config.parameters)
