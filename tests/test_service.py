@@ -125,6 +125,54 @@ def test_texts_of_openai_are_ours(services: Dict[str, Service]) -> None:
     assert len(chat["choices"][0]["logprobs"]["content"]) == 9
 
 
+def test_a_written_token_is_among_openais_top_ones(services: Dict[str, Service]) -> None:
+    body = {"prompt": PROMPT, "max_tokens": 12, "logprobs": 1, "temperature": 2.0, "seed": 3}
+    [choice] = ask(services["text_generation"], "v1/completions", body)["choices"]
+    found = choice["logprobs"]
+    for text, logprob, top in zip(found["tokens"], found["token_logprobs"], found["top_logprobs"]):
+        assert top[text] == logprob and len(top) <= 2
+    assert any(len(top) == 2 for top in found["top_logprobs"])
+
+
+# As huggingface_hub's and openai's clients send back what they were answered.
+BACK: Dict[str, Dict[str, Any]] = {
+    "huggingface_hub": {"reasoning": None, "tool_call_id": None, "tool_calls": None},
+    "openai": {"refusal": None, "annotations": None, "audio": None, "function_call": None, "tool_calls": None},
+    "langchain": {"tool_calls": [], "reasoning_content": ""},
+    "others": {"annotations": [], "reasoning_content": None, "refusal": ""},
+}
+
+
+@pytest.mark.parametrize("client", BACK)
+def test_a_conversation_goes_on_with_a_clients_own_message(services: Dict[str, Service], client: str) -> None:
+    service, path = services["text_generation"], "v1/chat/completions"
+    said = {"role": "assistant", "content": "It is wide."}
+
+    def answered(message: Any, **more: Any) -> Any:
+        return ask(service, path, {"messages": [*CHAT, message, CHAT[0]], "max_tokens": 5, **more})["choices"]
+
+    expected = answered(said)
+    assert answered({**said, **BACK[client]}, reasoning_effort=None, guided_json=None) == expected
+    calls = {**said, "tool_calls": [{"id": "1"}]}
+    error = ask(service, path, {"messages": [*CHAT, calls, CHAT[0]]}, 400)["error"]
+    assert error["param"] == "messages[1].tool_calls" and "not supported" in error["message"]
+
+
+@pytest.mark.parametrize("backwards", [False, True])
+def test_two_keys_of_one_parameter_agree(services: Dict[str, Service], backwards: bool) -> None:
+    def answered(status: int = 200, **limits: Any) -> Any:
+        sent = dict(reversed(list(limits.items()))) if backwards else limits
+        return ask(services["text_generation"], "v1/chat/completions", {"messages": CHAT, **sent}, status)
+
+    assert answered(max_tokens=3, max_completion_tokens=3)["usage"]["completion_tokens"] == 3
+    assert answered(max_tokens=3, max_completion_tokens=None)["usage"]["completion_tokens"] == 3
+    message = answered(400, max_tokens=3, max_completion_tokens=4)["error"]["message"]
+    assert '"max_tokens"' in message and '"max_completion_tokens"' in message and "differ" in message
+    for name, other in (("max_tokens", "max_completion_tokens"), ("max_completion_tokens", "max_tokens")):
+        error = answered(400, **{name: 0, other: None})["error"]
+        assert error["param"] == name and other not in error["message"]
+
+
 def test_details_are_the_models_own(services: Dict[str, Service]) -> None:
     """A chosen token's probability is that of the model's logits, and greedy ones are the likeliest."""
     parameters = {"max_new_tokens": 6, "details": True, "top_n_tokens": 3, "return_full_text": False}

@@ -41,21 +41,28 @@ def json_body(parts: Mapping[str, object], headers: Headers, served: Served) -> 
 
 
 def read_keys(value: Mapping[str, object], keys: Mapping[str, Key], where: str = "") -> Dict[str, object]:
-    """Return the parameters in a foreign protocol's object; raises InvalidRequest if one is unknown or unsupported.
+    """Return the parameters in a foreign protocol's object; raises InvalidRequest if one is unknown or unsupported, or if two
+    keys of one parameter differ.
 
-    null counts as absent, as these protocols' clients expect.
+    null counts as absent, as these protocols' clients expect, also of an unknown key: they send whole objects of theirs.
     """
     parameters: Dict[str, object] = {}
+    sent: Dict[str, str] = {}
     for name, item in value.items():
+        if item is None:
+            continue
         if name not in keys:
             raise InvalidRequest(
                 f'unknown key "{short(name)}"{nearest_name(name, keys)}; {listed(keys)} are known', path_to(where, name)
             )
         key = keys[name]
-        if key.read or item is None or _is_neutral(item, key.neutral):
+        if key.read or _is_neutral(item, key.neutral):
             continue
         if key.parameter is None:
             raise InvalidRequest(f'"{name}": {key.why}; leave it out', path_to(where, name))
+        other = sent.setdefault(key.parameter, name)
+        if other != name and item != parameters[key.parameter]:
+            raise InvalidRequest(f'"{other}" and "{name}" differ; send one of them', path_to(where, name))
         parameters[key.parameter] = item
     return parameters
 
@@ -84,9 +91,11 @@ def check_values(
     return dict(parameters)
 
 
-def foreign_names(keys: Mapping[str, Key]) -> Dict[str, str]:
-    """Map our parameters to their keys in the foreign body."""
-    return {key.parameter: name for name, key in keys.items() if key.parameter is not None}
+def foreign_names(keys: Mapping[str, Key], value: Optional[Mapping[str, object]] = None) -> Dict[str, str]:
+    """Map our parameters to their keys in the foreign body `value`: of several keys to the one that is sent."""
+    sent = [name for name, item in (value or {}).items() if name in keys and item is not None]
+    named = ((keys[name].parameter, name) for name in [*keys, *sent])
+    return {parameter: name for parameter, name in named if parameter is not None}
 
 
 def require_key(value: Mapping[str, object], name: str, where: str = "") -> object:

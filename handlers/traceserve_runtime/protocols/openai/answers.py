@@ -98,7 +98,7 @@ def _written_tokens(answer: Answer) -> Tuple[Sequence[Details], Optional[Sequenc
 
 
 def completion_logprobs(answer: Answer) -> JsonObject:
-    """Return per-token log-probabilities in completions' format."""
+    """Return per-token log-probabilities in completions' format: the written token is always among the top ones."""
     tokens, tops = _written_tokens(answer)
     offsets, position = [], 0
     for token in tokens:
@@ -107,9 +107,15 @@ def completion_logprobs(answer: Answer) -> JsonObject:
     return {
         "tokens": [token["text"] for token in tokens],
         "token_logprobs": [token["logprob"] for token in tokens],
-        "top_logprobs": [{each["text"]: each["logprob"] for each in top} for top in tops] if tops else None,
+        "top_logprobs": [_with_written(top, token) for top, token in zip(tops, tokens)] if tops else None,
         "text_offset": offsets,
     }
+
+
+def _with_written(top: Sequence[Details], written: Details) -> JsonObject:
+    """Return the log-probabilities of the top tokens and of the written one, whose text may depend on those before it."""
+    others = {each["text"]: each["logprob"] for each in top if each["id"] != written["id"]}
+    return {**others, written["text"]: written["logprob"]}
 
 
 def chat_logprobs(answer: Answer) -> JsonObject:

@@ -90,6 +90,20 @@ _CHAT: Dict[str, Key] = {
     "prompt_cache_key": IGNORED,
     "safety_identifier": IGNORED,
 }
+_MESSAGE: Dict[str, Key] = {
+    "role": READ,
+    "content": READ,
+    "name": Key(),
+    # Of an answer that the client sends back.
+    "refusal": Key(neutral=("",)),
+    "annotations": Key(neutral=([],)),
+    "audio": Key(),
+    "function_call": Key(),
+    "reasoning": Key(neutral=("",)),
+    "reasoning_content": Key(neutral=("",)),
+    "tool_calls": Key(neutral=([],)),
+    "tool_call_id": Key(),
+}
 _ROLES = {"developer": "system"}  # other names of our roles
 
 
@@ -103,7 +117,7 @@ class _Writing(OpenAiErrors):
         if not served.task.loop:
             raise wrong_task(served, "texts are written", "text_generation")
         value = json_body(parts, headers, served)
-        parameters = check_values(self._parameters(value, served), served, self._names())
+        parameters = check_values(self._parameters(value, served), served, self._names(value))
         prompts = self._prompts(value, served)
         stops = _strings({**served.manifest.parameters, **parameters}.get("stop"))
         choices = Choices(_count(value), stops, self._logprobs(value))
@@ -153,8 +167,9 @@ class _Writing(OpenAiErrors):
         seed = parameters.get("seed")
         return dict(parameters) if seed is None else {**parameters, "seed": (seed + number) % 2**32}
 
-    def _names(self) -> Dict[str, str]:
-        return {**foreign_names(self.keys), "details": "logprobs", "top_n_tokens": "top_logprobs", "num_beams": "n"}
+    def _names(self, value: Mapping[str, object]) -> Dict[str, str]:
+        own = {"details": "logprobs", "top_n_tokens": "top_logprobs", "num_beams": "n"}
+        return {**foreign_names(self.keys, value), **own}
 
     def _parameters(self, value: Mapping[str, object], served: Served) -> Dict[str, object]:
         found = read_keys(value, self.keys)
@@ -180,8 +195,8 @@ class Completions(_Writing):
 
     keys = _COMPLETIONS
 
-    def _names(self) -> Dict[str, str]:
-        return {**super()._names(), "top_n_tokens": "logprobs"}
+    def _names(self, value: Mapping[str, object]) -> Dict[str, str]:
+        return {**super()._names(value), "top_n_tokens": "logprobs"}
 
     def _parameters(self, value: Mapping[str, object], served: Served) -> Dict[str, object]:
         return {"max_new_tokens": _DEFAULT_TOKENS, **super()._parameters(value, served)}
@@ -205,7 +220,7 @@ class Completions(_Writing):
 
     def _form(self, value: Mapping[str, object], choices: Choices, served: Served) -> WrittenTexts:
         echoed = [str(t) for t, _ in texts_of(value["prompt"], "prompt", served)] if boolean(value, "echo") else []
-        return CompletionTexts({"text": "prompt"}, self._names(), choices=choices, echoed=echoed)
+        return CompletionTexts({"text": "prompt"}, self._names(value), choices=choices, echoed=echoed)
 
     def _frames(self, choices: Choices, served: Served, with_usage: bool) -> Chunks:
         return CompletionChunks(choices, served, with_usage)
@@ -236,7 +251,7 @@ class Chat(_Writing):
         return most or 0
 
     def _form(self, value: Mapping[str, object], choices: Choices, served: Served) -> WrittenTexts:
-        return ChatTexts({}, self._names(), choices=choices)
+        return ChatTexts({}, self._names(value), choices=choices)
 
     def _frames(self, choices: Choices, served: Served, with_usage: bool) -> Chunks:
         return ChatChunks(choices, served, with_usage)
@@ -246,7 +261,7 @@ def _message(message: object, where: str) -> object:
     """Convert a message to ours, whose content is one text."""
     if not isinstance(message, dict):
         raise InvalidRequest('a message is an object like {"role": "user", "content": "..."}', where)
-    read_keys(message, {"role": READ, "content": READ, "name": Key(), "refusal": Key()}, where)
+    read_keys(message, _MESSAGE, where)
     content = message.get("content")
     if isinstance(content, list):
         content = "".join(_part(part, f"{where}.content[{i}]") for i, part in enumerate(content))
