@@ -649,8 +649,55 @@ def test_a_damaged_binary_body_is_refused_with_a_string(services: Dict[str, Serv
     ],
 )
 def test_errors_of_openai_name_its_own_keys(services: Dict[str, Service], path: str, body: Any, field: Any) -> None:
-    error = ask(services["text_generation"], path, body, 400 if body.get("max_tokens") != 5000 else 413)["error"]
+    error = ask(services["text_generation"], path, body, 400)["error"]
     assert set(error) == {"message", "type", "param", "code"} and error["param"] == field, error
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "field"),
+    [
+        ("v1/completions", {"prompt": TEXT * 99}, "prompt"),
+        ("v1/completions", {"prompt": TEXT * 9999}, "prompt"),  # by its characters
+        ("v1/completions", {"prompt": PROMPT, "max_tokens": 5000}, "max_tokens"),
+        ("v1/completions", {"prompt": PROMPT, "max_tokens": 62}, "prompt"),
+        ("v1/chat/completions", {"messages": [{"role": "user", "content": TEXT * 99}]}, "messages"),
+        (
+            "v1/chat/completions",
+            {"messages": CHAT, "max_completion_tokens": 64},
+            "max_completion_tokens",
+        ),
+    ],
+)
+def test_what_is_beyond_the_context_has_openais_code(
+    services: Dict[str, Service], path: str, body: Any, field: str
+) -> None:
+    """By which clients know what to shorten; and no advice of ours, which such a body cannot follow."""
+    error = ask(services["text_generation"], path, body, 400)["error"]
+    assert (error["code"], error["param"]) == ("context_length_exceeded", field), error
+    assert "long_inputs" not in error["message"] and "max_new_tokens" not in error["message"]
+
+
+@pytest.mark.parametrize(
+    ("task", "path", "body", "advice"),
+    [
+        ("feature_extraction", "embed", {"inputs": TEXT * 99}, 'shorten it, or send "truncate": true'),
+        ("text_ranking", "rerank", {"query": TEXT, "texts": [TEXT * 99]}, 'or send "truncate": true'),
+        (
+            "feature_extraction",
+            "",
+            {"inputs": TEXT * 99, "parameters": {"long_inputs": "reject"}},
+            '"truncate"} or "window"',
+        ),
+        ("text_generation", "hf", {"inputs": TEXT * 99}, 'or ask for "parameters": {"long_inputs": "truncate"}'),
+    ],
+)
+def test_every_protocol_advises_what_it_can_take(
+    services: Dict[str, Service], task: str, path: str, body: Any, advice: str
+) -> None:
+    error = ask(services[task], path, body, 413)["error"]
+    message = error if isinstance(error, str) else error["message"]
+    assert message.endswith(advice), message
+    assert ("long_inputs" in message) is (path in ("", "hf"))
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import List, Optional
+from typing import List, Optional, Sequence
 
 from traceserve_runtime.json_types import JsonObject
 
@@ -47,6 +47,19 @@ class InputTooLong(TraceserveError):
 
     status = 413
     phrase = "Request Entity Too Large"
+
+    def __init__(
+        self, message: str, field: Optional[str] = None, ways: Sequence[str] = (), exceeds_context: bool = False
+    ) -> None:
+        """`ways` are values of `long_inputs` that would help: the message advises them, `bare` does not.
+
+        `exceeds_context`: one text alone, with what is to be written, is longer than the model reads.
+        """
+        advice = f', or ask for "parameters": {{"long_inputs": "{ways[0]}"}}' if ways else ""
+        super().__init__(message + advice + "".join(f' or "{way}"' for way in ways[1:]), field)
+        self.bare = message
+        self.ways = ways
+        self.exceeds_context = exceeds_context
 
 
 class UnsupportedMedia(TraceserveError):

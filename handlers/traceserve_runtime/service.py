@@ -7,6 +7,7 @@ validation, the shape of errors, the note on truncated texts and the pieces of a
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 from dataclasses import dataclass, field
@@ -169,7 +170,8 @@ def _encoded(value: object) -> bytes:
 
 def _at(error: TraceserveError, place: Optional[str]) -> TraceserveError:
     """Return the error with its field's whole path in the client's body."""
-    placed = type(error)(error.message, place)
+    placed = copy.copy(error)
+    placed.field = place
     placed.__cause__ = error.__cause__
     return placed
 

@@ -26,7 +26,7 @@ from traceserve_runtime.protocols.fields import (
     text_requests,
     wrong_task,
 )
-from traceserve_runtime.protocols.openai.shared import OpenAiErrors, error_document, head, usage
+from traceserve_runtime.protocols.openai.shared import OpenAiErrors, head, plain_message, refusal_of, usage
 from traceserve_runtime.protocols.requests import checked_fields
 from traceserve_runtime.tasks.contract import Answer, Request
 
@@ -81,8 +81,8 @@ class Rerank:
             value = None
         if _is_tei(value):
             return self._tei.error(error, parts, headers, served)
-        document = error_document(error)
-        return Refusal.of({**document, "message": error.message, "detail": error.message}, error)
+        message = plain_message(error)
+        return refusal_of(error, message=message, detail=message)
 
 
 def _is_tei(value: object) -> bool:

@@ -69,11 +69,19 @@ class Errors:
 
     def error(self, error: TraceserveError, parts: Mapping[str, object], headers: Headers, served: Served) -> Refusal:
         """Return the error in TEI's format, with its status codes."""
+        words = in_words(_advised(error))
         for kind, name, status, phrase in _KINDS:
             if isinstance(error, kind):
-                return Refusal({"error": in_words(error), "error_type": name}, status, phrase)
+                return Refusal({"error": words, "error_type": name}, status, phrase)
         kind_name = "Validation" if error.status < 500 else "Backend"
-        return Refusal.of({"error": in_words(error), "error_type": kind_name}, error)
+        return Refusal.of({"error": words, "error_type": kind_name}, error)
+
+
+def _advised(error: TraceserveError) -> TraceserveError:
+    """Return the error with TEI's own way to have a long text cut."""
+    if not isinstance(error, InputTooLong) or "truncate" not in error.ways:
+        return error
+    return InputTooLong(f'{error.bare}, or send "truncate": true', error.field)
 
 
 def lengths(value: Mapping[str, object], default: bool = False) -> Dict[str, object]:

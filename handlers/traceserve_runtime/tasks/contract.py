@@ -282,7 +282,9 @@ class Task:
             if request.group is not None and not isinstance(part, TraceserveError):
                 how = self.long_inputs(request)
                 groups.setdefault(request.group, []).extend((segments, how) for segments in part)
-        return {group: own.limits.of_more_tokens() for group, each in groups.items() if self._surely_more(each)}
+        return {
+            group: own.limits.of_more_tokens(len(each)) for group, each in groups.items() if self._surely_more(each)
+        }
 
     def _surely_more(self, segments: Sequence[Tuple[Segments, str]]) -> bool:
         """`TextTokenizer.surely_more`; an error proves nothing, and is its owner's once the text is tokenized."""

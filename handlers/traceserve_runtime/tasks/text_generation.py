@@ -66,8 +66,9 @@ class TextGeneration(Generating):
         limit = min(self.manifest.max_length - wanted, self._most_read(request) or self.manifest.max_length)
         if limit < 1:
             raise InputTooLong(
-                f"max_new_tokens is {wanted:,}, but this model reads and writes {self.manifest.max_length:,} tokens together",
+                f"{wanted:,} new tokens are asked for, but this model reads and writes {self.manifest.max_length:,} together",
                 "parameters.max_new_tokens",
+                exceeds_context=True,
             )
         if "text" in request.inputs:
             return [Segments(self.manifest.facts["prefix"] + request.inputs["text"], limit=limit)]

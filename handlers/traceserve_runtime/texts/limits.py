@@ -41,7 +41,9 @@ class RequestLimits(NamedTuple):
         if len(text) <= self.characters:
             return None
         return InputTooLong(
-            f"the text has {len(text):,} characters; one request may have {self.characters:,}; split it", field
+            f"the text has {len(text):,} characters; one request may have {self.characters:,}; split it",
+            field,
+            exceeds_context=True,
         )
 
     def of_texts(self, count: int, characters: int) -> Optional[InputTooLong]:
@@ -58,7 +60,7 @@ class RequestLimits(NamedTuple):
                 message = (
                     f"the texts together have more than the {self.characters:,} characters that one request may have"
                 )
-            return InputTooLong(f"{message}; send several")
+            return InputTooLong(f"{message}; send several", exceeds_context=count == 1)
         return None
 
     def of_rows(self, rows: int, tokens: int) -> Optional[InputTooLong]:
@@ -70,15 +72,17 @@ class RequestLimits(NamedTuple):
         if tokens > self.tokens:
             return InputTooLong(
                 f"the texts have {tokens:,} tokens in the windows of this model; one request may have {self.tokens:,}; send "
-                'several, or ask for "parameters": {"long_inputs": "truncate"}'
+                "several",
+                ways=("truncate",),
             )
         return None
 
-    def of_more_tokens(self) -> InputTooLong:
-        """Return why texts are not tokenized whose beginnings already exceed the limit on tokens."""
+    def of_more_tokens(self, count: int) -> InputTooLong:
+        """Return why so many texts are not tokenized, whose beginnings already exceed the limit on tokens."""
         return InputTooLong(
-            f"the texts have more tokens than the {self.tokens:,} that one request may have; send several, or ask for "
-            '"parameters": {"long_inputs": "truncate"}'
+            f"the texts have more tokens than the {self.tokens:,} that one request may have; send several",
+            ways=("truncate",),
+            exceeds_context=count == 1,
         )
 
 

@@ -240,7 +240,8 @@ class TextTokenizer:
             raise self._rejection(segments, bare, length, room)
         if room < 1:
             name = segments.fields[segments.cut or 0]
-            raise InputTooLong(f"this model reads {limit} tokens, which special ones fill alone", name)
+            message = f"this model reads {limit} tokens, which special ones fill alone"
+            raise InputTooLong(message, name, exceeds_context=True)
         if not _leaves_room(segments, bare, room, how):
             raise self._no_room(segments, *bare, room)
         return (self._truncate if how == "truncate" else self._window)(segments, *bare, room)
@@ -254,14 +255,16 @@ class TextTokenizer:
             names = " and ".join(segments.fields[:2])
             have = f"{names} have {len(first):,} and {len(second):,} tokens, {length:,} with special ones"
             shorten = "shorten them"
-        advice = ""
+        ways: Tuple[str, ...] = ()
         if _leaves_room(segments, bare, room, "truncate"):
             windows = self._windows and _leaves_room(segments, bare, room, "window")
-            advice = ', or ask for "parameters": {"long_inputs": "truncate"}' + (' or "window"' if windows else "")
+            ways = ("truncate", "window") if windows else ("truncate",)
         limit = self._limit(segments)
         return InputTooLong(
-            f"{have}; this model reads {limit:,}{'' if limit == self._max_length else ' here'}; {shorten}{advice}",
+            f"{have}; this model reads {limit:,}{'' if limit == self._max_length else ' here'}; {shorten}",
             segments.fields[segments.cut or 0],
+            ways,
+            exceeds_context=True,
         )
 
     def _encode_bare(self, requests: Sequence[Segments]) -> List[Bare]:
@@ -319,9 +322,10 @@ class TextTokenizer:
         if count > self._max_rows:
             raise InputTooLong(
                 f"the text has {len(longer):,} tokens, which are {count:,} windows of this model; one request may have "
-                f"{self._max_rows:,}; split it, or ask for "
-                '"parameters": {"long_inputs": "truncate"}',
+                f"{self._max_rows:,}; split it",
                 segments.fields[cut],
+                ways=("truncate",),
+                exceeds_context=True,
             )
         size = room if segments.full else math.ceil((len(longer) + (count - 1) * stride) / count)
         longer.truncate(size, stride=stride)
@@ -336,11 +340,12 @@ class TextTokenizer:
     def _no_room(self, segments: Segments, first: Encoding, second: Optional[Encoding], room: int) -> InputTooLong:
         """Return the error for a whole segment that leaves too little room for the truncated one."""
         cut, most = _cut_of(segments, (first, second)), _most_of_the_other(segments, room)
-        advice = ', or ask for "parameters": {"long_inputs": "truncate"}' if segments.cut is None else ""
         return InputTooLong(
             f"{segments.fields[0]} and {segments.fields[1]} have {len(first):,} and {len(second or ()):,} tokens; one of "
-            f"them may be cut, but the other must then fit in {most}; shorten it{advice}",
+            f"them may be cut, but the other must then fit in {most}; shorten it",
             segments.fields[1 - cut],
+            ways=("truncate",) if segments.cut is None else (),
+            exceeds_context=True,
         )
 
     def _row(self, segments: Segments, first: Optional[Encoding], second: Optional[Encoding], start: int = 0) -> Row:

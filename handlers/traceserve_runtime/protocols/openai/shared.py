@@ -6,8 +6,8 @@ import time
 import uuid
 from typing import Dict, List, Mapping, Optional, Sequence, Tuple
 
-from traceserve_runtime.errors import InvalidRequest, TraceserveError
-from traceserve_runtime.json_types import JsonObject
+from traceserve_runtime.errors import InputTooLong, InvalidRequest, TraceserveError
+from traceserve_runtime.json_types import Json, JsonObject
 from traceserve_runtime.protocols.bodies import Headers
 from traceserve_runtime.protocols.contract import Refusal, Served
 from traceserve_runtime.protocols.wording import kind_of
@@ -21,13 +21,31 @@ class OpenAiErrors:
 
     def error(self, error: TraceserveError, parts: Mapping[str, object], headers: Headers, served: Served) -> Refusal:
         """Return the error in OpenAI's format."""
-        return Refusal.of(error_document(error), error)
+        return refusal_of(error)
+
+
+def refusal_of(error: TraceserveError, **more: Json) -> Refusal:
+    """Return an error with `more` keys, and OpenAI's status: 400 for a text that is longer than the model reads."""
+    document = {**error_document(error), **more}
+    if _exceeds_context(error):
+        return Refusal(document, InvalidRequest.status, InvalidRequest.phrase)
+    return Refusal.of(document, error)
 
 
 def error_document(error: TraceserveError) -> JsonObject:
     """Return an error as OpenAI's clients expect it."""
     kind = _ERRORS.get(error.status, "invalid_request_error")
-    return {"error": {"message": error.message, "type": kind, "param": error.field, "code": type(error).__name__}}
+    code = "context_length_exceeded" if _exceeds_context(error) else type(error).__name__
+    return {"error": {"message": plain_message(error), "type": kind, "param": error.field, "code": code}}
+
+
+def plain_message(error: TraceserveError) -> str:
+    """Return an error's message without advice of our own parameters, which OpenAI's bodies cannot have."""
+    return error.bare if isinstance(error, InputTooLong) else error.message
+
+
+def _exceeds_context(error: TraceserveError) -> bool:
+    return isinstance(error, InputTooLong) and error.exceeds_context
 
 
 def usage(answers: Sequence[Answer], completion: Optional[int] = None) -> Dict[str, int]:
