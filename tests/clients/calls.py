@@ -25,6 +25,7 @@ QUESTION, CONTEXT = (
 LABELS = ["delivery", "damage", "praise"]
 PROMPT = "Once upon a time there was a little"
 CHAT = [{"role": "user", "content": "Tell me about the sea."}]
+NEXT = {"role": "user", "content": "Go on."}
 
 
 class Call(NamedTuple):
@@ -219,10 +220,16 @@ def hugging_face(native: Native) -> Iterator[Call]:
         name, "text_generation(grammar)", lambda: write(grammar={"type": "regex", "value": "a"}), refused="grammar"
     )
 
-    def chat(**options: Any) -> Any:
-        return client("text_generation").chat_completion(CHAT, max_tokens=8, **options)
+    def chat(messages: Any = CHAT, **options: Any) -> Any:
+        return client("text_generation").chat_completion(messages, max_tokens=8, **options)
 
     yield Call(name, "chat_completion", lambda: chat().choices[0].message.content, lambda: said(native))
+    yield Call(
+        name,
+        "chat_completion(the next turn)",
+        lambda: chat([*CHAT, chat().choices[0].message, NEXT]).choices[0].message.content,
+        lambda: said(native, next_turn(native)),
+    )
     yield Call(
         name,
         "chat_completion(stream)",
@@ -335,10 +342,28 @@ def open_ai(native: Native) -> Iterator[Call]:
 
     def chat(**options: Any) -> Any:
         return client("text_generation").chat.completions.create(
-            model="any", messages=CHAT, **{"max_tokens": 8, **options}
+            model="any", **{"messages": CHAT, "max_tokens": 8, **options}
         )
 
     yield Call(name, "chat.completions", lambda: chat().choices[0].message.content, lambda: said(native))
+
+    def turned(back: Callable[[Any], Any]) -> Any:
+        messages = [*CHAT, back(chat().choices[0].message), NEXT]
+        return chat(messages=messages).choices[0].message.content
+
+    for how, back in (("", lambda message: message), (", as a dictionary", lambda message: message.model_dump())):
+        yield Call(
+            name,
+            f"chat.completions(the next turn{how})",
+            lambda back=back: turned(back),
+            lambda: said(native, next_turn(native)),
+        )
+    yield Call(
+        name,
+        "chat.completions(a long chat)",
+        lambda: chat(messages=CHAT * 99),
+        refused="context_length_exceeded",
+    )
     yield Call(
         name,
         "chat.completions(temperature, seed, n)",
@@ -529,11 +554,16 @@ def mlserver_codecs(native: Native) -> Iterator[Call]:
     )
 
 
-def said(native: Native, **parameters: Any) -> str:
+def said(native: Native, messages: Any = CHAT, **parameters: Any) -> str:
     """Return the model's next message in the chat."""
     options = {"max_new_tokens": 8, "return_full_text": False, **parameters}
-    [found] = native("text_generation", {"messages": CHAT}, **options)
+    [found] = native("text_generation", {"messages": messages}, **options)
     return str(found["generated_text"])
+
+
+def next_turn(native: Native) -> Any:
+    """Return the chat with the model's message and another question."""
+    return [*CHAT, {"role": "assistant", "content": said(native)}, NEXT]
 
 
 def cosine(native: Native, one: str, two: str) -> float:
