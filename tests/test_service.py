@@ -397,6 +397,16 @@ def test_hugging_faces_client_may_name_the_encoding_of_vectors(services: Dict[st
     assert error.startswith("encoding_format: ")
 
 
+@pytest.mark.parametrize("path", ["v2/repository/index", "v2/models/text_generation/load"])
+def test_paths_of_triton_that_are_not_here_are_told_in_a_string(services: Dict[str, Service], path: str) -> None:
+    assert ask(services["text_generation"], path, {}, 404)["error"].startswith("nothing is served at /v2/")
+
+
+def test_metadata_names_an_input_where_none_is_required(services: Dict[str, Service]) -> None:
+    found = ask(services["text_generation"], "v2/models/text_generation", {})
+    assert found["inputs"] == [{"name": "text", "datatype": "BYTES", "shape": [-1]}]
+
+
 @pytest.mark.parametrize("only", [(), ("<pad>", "a", "b")], ids=["any", "special"])
 def test_a_streams_tokens_are_those_of_its_details(services: Dict[str, Service], only: Tuple[str, ...]) -> None:
     """Parts of characters have their text together, at the last of them; and special tokens have none."""
