@@ -407,6 +407,19 @@ def test_metadata_names_an_input_where_none_is_required(services: Dict[str, Serv
     assert found["inputs"] == [{"name": "text", "datatype": "BYTES", "shape": [-1]}]
 
 
+@pytest.mark.parametrize("path", ["", "hf"])
+def test_an_error_of_a_parameter_beside_the_inputs_has_its_path(translator: Service, path: str) -> None:
+    error = ask(translator, path, {"inputs": TEXT, "parameters": {"details": True, "num_beams": 2}}, 400)["error"]
+    found = error["field"] if isinstance(error, dict) else error.partition(": ")[0]
+    assert found == "parameters.details"
+
+
+@pytest.mark.parametrize("items, place", [([[5], "a"], 1), ([[5], []], 1), ([[], [5]], 0), (["a", [5]], 1)])
+def test_the_item_that_is_unlike_the_first_is_named(services: Dict[str, Service], items: Any, place: int) -> None:
+    error = ask(services["feature_extraction"], "v1/embeddings", {"input": items}, 400)["error"]
+    assert error["param"].startswith(f"input[{place}]")
+
+
 @pytest.mark.parametrize("only", [(), ("<pad>", "a", "b")], ids=["any", "special"])
 def test_a_streams_tokens_are_those_of_its_details(services: Dict[str, Service], only: Tuple[str, ...]) -> None:
     """Parts of characters have their text together, at the last of them; and special tokens have none."""
