@@ -420,6 +420,12 @@ def test_the_item_that_is_unlike_the_first_is_named(services: Dict[str, Service]
     assert error["param"].startswith(f"input[{place}]")
 
 
+def test_teis_ranking_may_be_its_first_ones(services: Dict[str, Service]) -> None:
+    body = {"query": TEXT, "texts": [TEXT, OTHER, PROMPT]}
+    whole = ask(services["text_ranking"], "rerank", body)
+    assert ask(services["text_ranking"], "rerank", {**body, "top_n": 2}) == whole[:2]
+
+
 @pytest.mark.parametrize("only", [(), ("<pad>", "a", "b")], ids=["any", "special"])
 def test_a_streams_tokens_are_those_of_its_details(services: Dict[str, Service], only: Tuple[str, ...]) -> None:
     """Parts of characters have their text together, at the last of them; and special tokens have none."""
