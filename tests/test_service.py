@@ -407,6 +407,73 @@ def test_a_stream_of_hugging_face_has_its_tokens(services: Dict[str, Service]) -
     assert found[-1]["details"]["finish_reason"] == "length" and all(e["details"] is None for e in found[:-1])
 
 
+def test_a_stream_of_hugging_face_may_end_with_the_prompt_too(services: Dict[str, Service]) -> None:
+    service = services["text_generation"]
+    body = {"inputs": PROMPT, "parameters": {"max_new_tokens": 7, "return_full_text": True}}
+    [wanted] = ask(service, "hf", body)
+    text, _ = stream(service, "hf", {**body, "stream": True})
+    found = events(text)
+    assert found[-1]["generated_text"] == wanted["generated_text"]
+    assert PROMPT + "".join(event["token"]["text"] for event in found) == wanted["generated_text"]
+
+
+def test_a_stream_of_hugging_face_has_no_likeliest_tokens(services: Dict[str, Service]) -> None:
+    service = services["text_generation"]
+    body = {"inputs": PROMPT, "parameters": {"max_new_tokens": 3, "top_n_tokens": 0}, "stream": True}
+    assert len(events(stream(service, "hf", body)[0])) == 3
+    error = ask(service, "hf", {**body, "parameters": {"top_n_tokens": 3}}, 400)["error"]
+    assert error.startswith("parameters.top_n_tokens: the likeliest tokens are not streamed")
+
+
+def test_no_stop_strings_of_hugging_faces_client_are_none(services: Dict[str, Service]) -> None:
+    service = services["text_generation"]
+
+    def text(**parameters: Any) -> str:
+        [found] = ask(service, "hf", {"inputs": PROMPT, "parameters": {"max_new_tokens": 7, **parameters}})
+        return str(found["generated_text"])
+
+    whole = text()
+    assert text(stop=[]) == whole
+    assert text(stop=[whole[1]]) == whole[: whole.index(whole[1]) + 1] != whole
+    assert "string" in ask(service, "hf", {"inputs": PROMPT, "parameters": {"stop": [""]}}, 400)["error"]
+
+
+def test_hugging_faces_client_may_name_the_encoding_of_vectors(services: Dict[str, Service]) -> None:
+    service = services["feature_extraction"]
+    assert ask(service, "hf", {"inputs": TEXT, "encoding_format": "float"}) == ask(service, "hf", {"inputs": TEXT})
+    error = ask(service, "hf", {"inputs": TEXT, "encoding_format": "base64"}, 400)["error"]
+    assert error.startswith("encoding_format: ")
+
+
+@pytest.mark.parametrize("path", ["v2/repository/index", "v2/models/text_generation/load"])
+def test_paths_of_triton_that_are_not_here_are_told_in_a_string(services: Dict[str, Service], path: str) -> None:
+    assert ask(services["text_generation"], path, {}, 404)["error"].startswith("nothing is served at /v2/")
+
+
+def test_metadata_names_an_input_where_none_is_required(services: Dict[str, Service]) -> None:
+    found = ask(services["text_generation"], "v2/models/text_generation", {})
+    assert found["inputs"] == [{"name": "text", "datatype": "BYTES", "shape": [-1]}]
+
+
+@pytest.mark.parametrize("path", ["", "hf"])
+def test_an_error_of_a_parameter_beside_the_inputs_has_its_path(translator: Service, path: str) -> None:
+    error = ask(translator, path, {"inputs": TEXT, "parameters": {"details": True, "num_beams": 2}}, 400)["error"]
+    found = error["field"] if isinstance(error, dict) else error.partition(": ")[0]
+    assert found == "parameters.details"
+
+
+@pytest.mark.parametrize("items, place", [([[5], "a"], 1), ([[5], []], 1), ([[], [5]], 0), (["a", [5]], 1)])
+def test_the_item_that_is_unlike_the_first_is_named(services: Dict[str, Service], items: Any, place: int) -> None:
+    error = ask(services["feature_extraction"], "v1/embeddings", {"input": items}, 400)["error"]
+    assert error["param"].startswith(f"input[{place}]")
+
+
+def test_teis_ranking_may_be_its_first_ones(services: Dict[str, Service]) -> None:
+    body = {"query": TEXT, "texts": [TEXT, OTHER, PROMPT]}
+    whole = ask(services["text_ranking"], "rerank", body)
+    assert ask(services["text_ranking"], "rerank", {**body, "top_n": 2}) == whole[:2]
+
+
 @pytest.mark.parametrize("only", [(), ("<pad>", "a", "b")], ids=["any", "special"])
 def test_a_streams_tokens_are_those_of_its_details(services: Dict[str, Service], only: Tuple[str, ...]) -> None:
     """Parts of characters have their text together, at the last of them; and special tokens have none."""

@@ -17,6 +17,7 @@ import hmac
 import io
 import json
 import os
+import re
 import sys
 import time
 from dataclasses import dataclass
@@ -53,6 +54,8 @@ Send = Callable[[Message], Awaitable[None]]
 Asgi = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 LIVENESS = ("/live", "/v2/health/live")
+# KServe's paths; the ranking below v2 is Cohere's.
+_OF_KSERVE = re.compile("/*(predictions/[^/]+/[^/]+/)?(v2/(?!rerank/*$)|(v1/)?models/.*:)")
 _METHODS = ("GET", "POST", "HEAD")
 _SECONDS_OF_LIVENESS = 1.5  # that a canary has; later the queue's progress decides
 _SECONDS_OF_HEALTH = 1.0  # that a canary's answer holds
@@ -70,8 +73,12 @@ class Refused(Exception):
     ) -> None:
         super().__init__(message)
         self.status = status
-        self.document = {"error": {"type": kind, "message": message, "field": field}}
         self.headers = headers
+        self._error = {"type": kind, "message": message, "field": field}
+
+    def document(self, path: str) -> Dict[str, object]:
+        """The error as the clients of a path read it: those of KServe's protocols fail on one that is an object."""
+        return {"error": str(self) if _OF_KSERVE.match(path) else self._error}
 
 
 class Left(Exception):
@@ -361,7 +368,7 @@ async def guarded(answer: Asgi, scope: Scope, receive: Receive, send: Send) -> N
         try:
             await answer(scope, receive, send)
         except Refused as refusal:
-            await replied(send, refusal.status, refusal.document, refusal.headers)
+            await replied(send, refusal.status, refusal.document(path_of(scope)), refusal.headers)
         except Left:
             pass
     else:

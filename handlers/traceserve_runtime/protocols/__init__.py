@@ -9,7 +9,7 @@ from traceserve_runtime.errors import NotFound, TraceserveError
 from traceserve_runtime.protocols import explaining, huggingface, metadata, openai, openapi, ranking, tei
 from traceserve_runtime.protocols.bodies import Headers
 from traceserve_runtime.protocols.contract import Body, Document, Protocol, Refusal, Served
-from traceserve_runtime.protocols.requests import Native
+from traceserve_runtime.protocols.requests import Native, in_words
 from traceserve_runtime.protocols.wording import short
 
 # Keyed by the path behind the model's name and version.
@@ -55,6 +55,9 @@ class _Nothing:
         raise NotFound(f"nothing is served at /{short(headers.path)}; behind the model's version there are: {known}")
 
     def error(self, error: TraceserveError, parts: Mapping[str, object], headers: Headers, served: Served) -> Refusal:
+        """Return a string where tritonclient asks, as for a repository's index: it fails on an error that is an object."""
+        if headers.path.strip("/").startswith("v2/"):
+            return Refusal.of({"error": in_words(error)}, error)
         return Refusal.of(error.to_json(), error)
 
 

@@ -71,7 +71,10 @@ class Body:
 
     def field_path(self, index: int, name: Optional[str]) -> Optional[str]:
         """Return the path in the client's body of a field of request `index`."""
-        return self.protocol.field_path(index, self.requests[index].where, name)
+        request, where = self.requests[index], self.requests[index].where
+        if request.envelope is not None and name is not None and name.startswith("parameters."):
+            where = request.envelope
+        return self.protocol.field_path(index, where, name)
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from traceserve_runtime.protocols.fields import READ, Key, boolean, classifies, 
 from traceserve_runtime.protocols.native import Plain, noted
 from traceserve_runtime.protocols.requests import check_size, in_words, parse_value
 from traceserve_runtime.protocols.wording import kind_of
-from traceserve_runtime.tasks.contract import Answer, WrittenToken
+from traceserve_runtime.tasks.contract import Answer, Request, WrittenToken
 from traceserve_runtime.texts.tokenization import clean_up
 
 CLIENT = "hf_hub/"  # in huggingface_hub's user agent
@@ -35,12 +35,13 @@ _ROOT: Dict[str, Key] = {
     "normalize": Key("normalize"),
     "prompt_name": Key("prompt_name"),
     "dimensions": Key("dimensions"),
+    "encoding_format": Key(neutral=("float",)),
     "truncate": READ,
     "truncation_direction": Key(neutral=("right", "Right"), why="texts are cut at their end"),
 }
 # Values of "truncation", and how long texts are handled; None: as by default.
 _TRUNCATIONS = {"do_not_truncate": None, "longest_first": "truncate", "only_first": "truncate"}
-# Parameters that are no-ops or unsupported here; all others are our own.
+# Parameters that are no-ops, unsupported here, or have neutral values; all others are our own.
 _PARAMETERS: Dict[str, Key] = {
     "max_question_len": READ,  # with a fast tokenizer the pipeline ignores it too
     "clean_up_tokenization_spaces": READ,
@@ -52,6 +53,7 @@ _PARAMETERS: Dict[str, Key] = {
     "adapter_id": Key(),
     "grammar": Key(),
     "frequency_penalty": Key(neutral=(0,)),
+    "stop": Key("stop", neutral=([],)),
 }
 
 
@@ -80,9 +82,8 @@ class HuggingFace:
         cleans = bool(clean) and not _cleaned_already(served)
         form = _Answers(_is_list(body), answers.get(served.task.name, _unchanged), cleans)
         requests = [replace(request, continues=True, clean_up=clean is not False) for request in body.requests]
-        return replace(
-            body, requests=requests, protocol=form, frames=_Tokens() if streams and body.streamable else None
-        )
+        frames = _Tokens(_returned_prompt(requests[0])) if streams and body.streamable else None
+        return replace(body, requests=requests, protocol=form, frames=frames)
 
     def error(self, error: TraceserveError, parts: Mapping[str, object], headers: Headers, served: Served) -> Refusal:
         """Return a string and its kind, which the clients show."""
@@ -105,7 +106,7 @@ def _parameters(value: Mapping[str, object]) -> Dict[str, object]:
         found["long_inputs"] = "truncate" if boolean(value, "truncate") else "reject"
     given = _given(value)
     foreign = {name: item for name, item in given.items() if name in _PARAMETERS}
-    read_keys(foreign, _PARAMETERS, "parameters")
+    found.update(read_keys(foreign, _PARAMETERS, "parameters"))
     how = _TRUNCATIONS.get(foreign.get("truncation") or "")
     if how is not None:
         found.setdefault("long_inputs", how)
@@ -127,13 +128,24 @@ def _given(value: Mapping[str, object]) -> Dict[str, Any]:
 
 
 def _streamed(parameters: Mapping[str, object], served: Served) -> Dict[str, object]:
-    """Return a stream's parameters: each event tells of one token, which beams do not know before the end."""
+    """Return a stream's parameters: each event tells of one token, which beams do not know before the end, and of no others
+    at its position, whose texts are made at the end."""
     beams = parameters.get("num_beams", 1)
     if isinstance(beams, int) and beams > 1:
         raise InvalidRequest(
             'beams are not streamed; leave num_beams out, or send "num_beams": 1', "parameters.num_beams"
         )
+    if parameters.get("top_n_tokens", 0) not in (0, None):
+        raise InvalidRequest(
+            "the likeliest tokens are not streamed; leave top_n_tokens out, or ask without a stream",
+            "parameters.top_n_tokens",
+        )
     return {**without_beams(served), **parameters}
+
+
+def _returned_prompt(request: Request) -> str:
+    """Return the prompt that a streamed text is returned behind."""
+    return str(request.inputs.get("text", "")) if request.parameters.get("return_full_text") else ""
 
 
 def _cleans_up(value: Mapping[str, object], served: Served, streams: bool) -> Optional[bool]:
@@ -216,11 +228,12 @@ _OLD_ANSWERS = {name: change for name, change in _ANSWERS.items() if change is n
 
 
 class _Tokens:
-    """A stream's events in text-generation-inference's format: one per token, the last with the whole text."""
+    """A stream's events in text-generation-inference's format: one per token, the last with the whole text behind `prompt`."""
 
     content_type = CONTENT_TYPE
 
-    def __init__(self) -> None:
+    def __init__(self, prompt: str) -> None:
+        self._prompt = prompt
         self._index = 0
         self._text = ""
         self._held: Optional[Tuple[WrittenToken, str]] = None  # may turn out to be the last token
@@ -253,7 +266,7 @@ class _Tokens:
             "input_length": answer.tokens,
             "seed": details.get("seed"),
         }
-        ended: JsonObject = {"generated_text": self._text, "details": said}
+        ended: JsonObject = {"generated_text": self._prompt + self._text, "details": said}
         events = [self._event(*each) for each in rest[:-1]]
         return b"".join([*events, self._event(*rest[-1], ended)])
 

@@ -89,10 +89,9 @@ class Prediction(_KServe):
 
 
 def _described(served: Served) -> JsonObject:
-    """Return a model's metadata: the task's fields are its inputs, one element per request."""
-    inputs: List[JsonObject] = [
-        {"name": field.name, "datatype": "BYTES", "shape": [-1]} for field in served.task.fields if field.required
-    ]
+    """Return a model's metadata: the fields that the task requires are its inputs, or its first one; an element per request."""
+    required = [field for field in served.task.fields if field.required] or served.task.fields[:1]
+    inputs: List[JsonObject] = [{"name": field.name, "datatype": "BYTES", "shape": [-1]} for field in required]
     vectors = served.task.reads_vectors and served.manifest.parameters.get("pooling", "none") != "none"
     output: JsonObject = {"datatype": "FP32", "shape": [-1, -1]} if vectors else {"datatype": "BYTES", "shape": [-1]}
     return {

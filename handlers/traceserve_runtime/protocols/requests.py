@@ -196,7 +196,13 @@ def _enveloped(
     # An instance may be {"data": ...}, as in TorchServe's KServe examples.
     enveloped = envelope != "instances"
     inner, is_list = _requests(value[envelope], task, group, path_to(where, envelope), enveloped)
-    return [Request(r.inputs, {**parameters, **r.parameters}, group, r.where) for r in inner], is_list
+    requests = [
+        Request(
+            r.inputs, {**parameters, **r.parameters}, group, r.where, envelope=r.envelope if r.parameters else where
+        )
+        for r in inner
+    ]
+    return requests, is_list
 
 
 def checked_fields(fields: Mapping[str, object], task: Type[Task], where: str) -> Mapping[str, object]:

@@ -53,6 +53,7 @@ _RERANK: Dict[str, Key] = {
     "texts": READ,
     "raw_scores": READ,
     "return_text": Key("return_documents"),
+    "top_n": Key("top_k"),  # litellm sends it
 }
 _SIMILARITY: Dict[str, Key] = {**_LENGTHS, "prompt_name": Key("prompt_name")}
 

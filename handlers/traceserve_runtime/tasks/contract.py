@@ -31,7 +31,8 @@ class Request:
     """One request: checked fields and parameters, by the task's names.
 
     Requests of one `group`, a client's own batch, share the limit on rows; None means no group. `where` is the
-    request's path in the client's body, such as "inputs[2]". `explain`: it asks for an explanation of its answer.
+    request's path in the client's body, such as "inputs[2]", and `envelope` that of the object whose parameters it shares,
+    where it has none of its own. `explain`: it asks for an explanation of its answer.
     `continues`: it asks for a text as it continues the prompt's, see `Answer.continuation`; `clean_up`: cleaned up there
     where the tokenizer does that.
     """
@@ -43,6 +44,7 @@ class Request:
     explain: bool = False
     continues: bool = False
     clean_up: bool = True
+    envelope: Optional[str] = field(default=None, compare=False)
 
 
 # Of a generated text, in text-generation-inference's format: see `tasks.generating`.

@@ -66,11 +66,13 @@ def texts_of(value: object, name: str, served: Served) -> List[Tuple[object, str
         raise InvalidRequest(f'"{name}" is an empty list: it asks nothing', name)
     if _are_ids(value):
         return [(_text_of(value, name, served), name)]
-    lists = all(isinstance(item, list) and _are_ids(item) for item in value)
-    return [
-        (_text_of(item, w, served) if lists else item, w)
-        for w, item in ((f"{name}[{i}]", t) for i, t in enumerate(value))
-    ]
+    named = [(item, f"{name}[{i}]") for i, item in enumerate(value)]
+    if not isinstance(value[0], list):
+        return named
+    for item, where in named:
+        if not isinstance(item, list) or not _are_ids(item):
+            raise InvalidRequest(f'"{name}" begins with a list, so each item should be a list of token ids', where)
+    return [(_text_of(item, where, served), where) for item, where in named]
 
 
 def _text_of(ids: Sequence[int], where: str, served: Served) -> str:
