@@ -503,10 +503,16 @@ def test_load_a_file_that_is_not_there(tmp_path: Path) -> None:
         load_config(tmp_path / "nothing.json")
 
 
-@pytest.mark.parametrize("make", [lambda path: path.mkdir(), lambda path: path.write_bytes(b'{"model_name": "\xff"}')])
-def test_load_what_is_no_text_file(make: Any, tmp_path: Path) -> None:
-    make(tmp_path / "setup_config.json")
+def test_load_what_is_no_text_file(tmp_path: Path) -> None:
+    path = tmp_path / "setup_config.json"
+    path.write_bytes(b'{"model_name": "\xff"}')
     with pytest.raises(ConfigError, match="setup_config.json cannot be read"):
+        load_config(path)
+
+
+def test_load_a_folder(tmp_path: Path) -> None:
+    (tmp_path / "setup_config.json").mkdir()
+    with pytest.raises(ConfigError, match="setup_config.json is a folder; name the configuration in it"):
         load_config(tmp_path / "setup_config.json")
 
 
