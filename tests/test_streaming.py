@@ -66,7 +66,7 @@ def events(sent: bytes) -> List[Dict[str, Any]]:
 def held() -> Tuple[Stream, List[bytes]]:
     """A stream whose format holds the first token back."""
     pieces: List[bytes] = []
-    return Stream(pieces.append, huggingface._Tokens()), pieces
+    return Stream(pieces.append, huggingface._Tokens("")), pieces
 
 
 def test_what_is_held_back_is_not_sent() -> None:
