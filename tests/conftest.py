@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import os
 import random
 import signal
+import threading
+import time
 import weakref
 from pathlib import Path
 from typing import Any, Callable, Dict, Iterator, List, Optional, Sequence, Set, Tuple
@@ -246,6 +249,23 @@ def artifact(checkpoint: Callable[..., Path], tmp_path_factory: pytest.TempPathF
 def mar(artifact: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """That artifact's archive, tiny.mar."""
     return pack_archive(artifact, "tiny", tmp_path_factory.mktemp("store"))
+
+
+@contextlib.contextmanager
+def served_over_http(application: Any) -> Iterator[Tuple[str, int]]:
+    """Serve an ASGI application by uvicorn; yields its host and port."""
+    import uvicorn
+
+    server = uvicorn.Server(uvicorn.Config(application, port=0, log_level="error", lifespan="off"))
+    thread = threading.Thread(target=server.run, daemon=True)
+    thread.start()
+    while not server.started:
+        time.sleep(0.01)
+    try:
+        yield server.servers[0].sockets[0].getsockname()
+    finally:
+        server.should_exit = True
+        thread.join()
 
 
 @pytest.fixture(autouse=True)

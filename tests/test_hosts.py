@@ -23,11 +23,10 @@ import weakref
 import zlib
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, AsyncIterator, Awaitable, Callable, Dict, Iterator, List, NamedTuple, Optional, Tuple, Type
+from typing import Any, AsyncIterator, Awaitable, Callable, Dict, List, NamedTuple, Optional, Tuple, Type
 
 import pytest
-import uvicorn
-from conftest import run_export
+from conftest import run_export, served_over_http
 from traceserve.archives.archive import pack_archive
 from traceserve.errors import ArchiveError
 from traceserve.serving.keys import write_key
@@ -376,21 +375,6 @@ def test_large_bodies_together_are_limited(classifier: Service) -> None:
         return sent[0]["status"], second.status, third.status
 
     assert run(asked()) == (200, 503, 200)
-
-
-@contextlib.contextmanager
-def served_over_http(application: asgi.Asgi) -> Iterator[Tuple[str, int]]:
-    """Serve an application by uvicorn; yields its host and port."""
-    server = uvicorn.Server(uvicorn.Config(application, port=0, log_level="error", lifespan="off"))
-    thread = threading.Thread(target=server.run, daemon=True)
-    thread.start()
-    while not server.started:
-        time.sleep(0.01)
-    try:
-        yield server.servers[0].sockets[0].getsockname()
-    finally:
-        server.should_exit = True
-        thread.join()
 
 
 @pytest.mark.parametrize("routed", [False, True])

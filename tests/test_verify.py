@@ -6,7 +6,6 @@ import contextlib
 import json
 import shutil
 import threading
-import time
 import zipfile
 from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -14,8 +13,7 @@ from pathlib import Path
 from typing import Any, Callable, Dict, Iterator, List, Tuple
 
 import pytest
-import uvicorn
-from conftest import run_export
+from conftest import run_export, served_over_http
 from test_instances import processes, remembered, state  # noqa: F401  (fixtures)
 from traceserve import cli
 from traceserve.archives.archive import pack_archive
@@ -45,16 +43,8 @@ def serving(folder: Path) -> Iterator[str]:
     manifest = Manifest.read(folder)
     service = Service(Engine.load(folder), manifest.name, manifest.version)
     application = Application(service, Batcher(service, 8, 0.0, lambda stats, replies, seconds: None), Limits())
-    server = uvicorn.Server(uvicorn.Config(application, port=0, log_level="error", lifespan="off"))
-    thread = threading.Thread(target=server.run, daemon=True)
-    thread.start()
-    while not server.started:
-        time.sleep(0.01)
-    try:
-        yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
-    finally:
-        server.should_exit = True
-        thread.join()
+    with served_over_http(application) as (_, port):
+        yield f"http://127.0.0.1:{port}"
 
 
 @pytest.fixture(scope="module")
