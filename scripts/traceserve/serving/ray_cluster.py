@@ -36,21 +36,25 @@ LONGEST_SOCKET = "run/session_2026-11-26_22-22-43_885418_1234567/sockets/plasma_
 _LOOPBACK = "127.0.0.1"
 _OBJECT_STORE = 80 << 20  # bytes; Ray's minimum, unused here
 _RETRIES = 2  # of a request: one that ends each replica that it meets ends no more than three
-_PORTS = ("gcs", "client", "agent", "metrics", "statistics", "haproxy", "fallback")
+_PORTS = ("gcs", "client", "agent", "metrics", "statistics", "haproxy", "fallback", "waiting")
 _STARTED: List[subprocess.Popen[bytes]] = []  # nobody waits for them here: they outlive this process
 
 _HAPROXY = """#!/bin/sh
 # Ray knows the loopback address alone, but binds statistics and metrics to all interfaces, has 500 for what can be tried
-# again, and names the applications to everybody; the configuration is changed before HAProxy reads it.
+# again, names the applications to everybody, and has its own proxy wait for a replica without an end; the configuration is
+# changed before HAProxy reads it.
 keep() {  # whole: the guard reads it at any time
   cp "$1" '{run}/{last}.new' && mv '{run}/{last}.new' '{run}/{last}'
 }
 for argument in "$@"; do
   case "$argument" in
-    *.cfg) sed -i.original -e 's#^\\( *bind\\) {loopback}:{port}$#\\1 {door}#' \\
+    *.cfg) grep -q '^listen waiting$' "$argument" || # changed already
+           sed -i.original -e 's#^\\( *bind\\) {loopback}:{port}$#\\1 {door}#' \\
                            -e 's/ bind [*]*:{statistics}$/ bind 127.0.0.1:{statistics}/' \\
                            -e 's/ bind [*]*:{metrics}$/ bind 127.0.0.1:{metrics}/' \\
                            -e 's#\\( errorfile 50[234]\\) .*#\\1 {unavailable}#' \\
+                           -e 's/ {loopback}:{fallback} check backup$/ 127.0.0.1:{waiting} check backup/' \\
+                           -e '/^ *default_backend /r {run}/{waiting_file}' \\
                            -e 's/\\( http-request return status\\) .* if routes$/\\1 404 if routes/' "$argument" || exit 1
            # Ray starts one in the place of another that ended without knowing any replica, and tells it of them then.
            case " $* " in
@@ -65,6 +69,14 @@ echo $$ > '{run}/{pid}'
 exec '{program}' "$@"
 """
 
+
+# What HAProxy sends requests through that wait, where no replica is left, for Ray to start one.
+_WAITING = """listen waiting
+    bind 127.0.0.1:{waiting}
+    timeout server {seconds}s
+    server proxy 127.0.0.1:{fallback}
+"""
+_SECONDS_TO_WAIT = 30  # for a replica's start and its answer; then they are refused, and clients try again
 
 # HAProxy's answer where no replica gives one. Ray's own is 500, at which clients do not try again.
 _UNAVAILABLE = {"error": {"type": "Unavailable", "message": "no replica gave an answer; try again", "field": None}}
@@ -162,6 +174,8 @@ def _haproxy(plan: ServerPlan, ports: Mapping[str, int]) -> Path:
     file = run / "haproxy"
     unavailable = run / "unavailable.http"
     unavailable.write_bytes(_response(503, "Service Unavailable", _UNAVAILABLE))
+    waiting = run / "waiting.cfg"
+    waiting.write_text(_WAITING.format(seconds=_SECONDS_TO_WAIT, **ports), encoding="ascii")
     known = {
         "program": _real_haproxy(),
         "loopback": _LOOPBACK.replace(".", "[.]"),
@@ -170,6 +184,9 @@ def _haproxy(plan: ServerPlan, ports: Mapping[str, int]) -> Path:
         "statistics": ports["statistics"],
         "metrics": ports["haproxy"],
         "unavailable": unavailable,
+        "fallback": ports["fallback"],
+        "waiting": ports["waiting"],
+        "waiting_file": waiting.name,
         "run": run,
         "last": ray_guard.LAST,
         "stand_in": ray_guard.STAND_IN_PID,
