@@ -1104,6 +1104,13 @@ def test_a_turn_that_fails_leaves_nothing_for_the_next(
     assert other.reply is not None and other.reply.status == 200
 
 
+def test_half_a_surrogate_pair_in_an_echoed_id_is_answered(services: Dict[str, Service]) -> None:
+    """ModelInfer's errors repeat the id, even one that the protocol refuses."""
+    headers = Headers("application/json", grpc=True, parts={"body": "application/json"})
+    [reply] = services["sequence_classification"].answer([Call({"body": {"id": "\ud800", "inputs": 5}}, headers)])
+    assert json.loads(reply.body.decode("utf-8"))["id"] == "?"
+
+
 class Shown:
     """A mirror that keeps what it is shown."""
 
