@@ -523,6 +523,16 @@ def test_another_serving_configuration_keeps_the_schema(packed: Path, tmp_path: 
         Manifest.read(tmp_path / str(schema))
 
 
+def test_another_serving_configuration_keeps_the_links_and_the_permissions(packed: Path, tmp_path: Path) -> None:
+    mar = Path(shutil.copy(packed, tmp_path / "x.mar"))
+    mar.chmod(0o640)
+    (tmp_path / "link.mar").symlink_to("x.mar")
+    configure_archive(tmp_path / "link.mar", replace(read_serving(mar), batch_size=7))
+    assert os.readlink(tmp_path / "link.mar") == "x.mar" and read_serving(mar).batch_size == 7
+    assert mar.stat().st_mode & 0o777 == 0o640
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["link.mar", "x.mar"]
+
+
 def test_the_packages_own_handler_is_packed(artifact: Path, packed: Path, tmp_path: Path) -> None:
     """Not one of the same name in the working directory, which comes first on the path."""
     (tmp_path / "transformer_handler.py").write_text("class Other: pass\n")

@@ -12,7 +12,7 @@ import torch
 import transformers
 from conftest import run_export
 from oracle import answers
-from traceserve.building.checkpoints import sources
+from traceserve.building.checkpoints import files, sources
 from traceserve.building.checkpoints.checkpoint import Checkpoint
 from traceserve.building.config.parsing import parse_config
 from traceserve.building.gate.texts import SENTENCES
@@ -97,6 +97,20 @@ def test_a_whole_model_as_a_pickle(checkpoint: Make, tmp_path: Path) -> None:
         SourceError, match="has no weights .*; model.pt may be a model that torch.save wrote: .*save_pretrained"
     ):
         fetch("mine", tmp_path)
+
+
+@pytest.mark.parametrize("protocol", [2, 4])
+@pytest.mark.parametrize("new", [True, False])
+def test_torchs_own_modules_are_a_whole_model_too(new: bool, protocol: int, tmp_path: Path) -> None:
+    """In every protocol of pickle: from 4 on a class is named by two strings."""
+    path = tmp_path / "pytorch_model.bin"
+    model = torch.nn.Sequential(torch.nn.Linear(2, 2))
+    torch.save(model, path, pickle_protocol=protocol, _use_new_zipfile_serialization=new)
+    with pytest.raises(SourceError, match=r"is a pickle of a whole model \(torch.nn.modules.container Sequential"):
+        files.check_pickle(path, "mine")
+    for weights in (model.state_dict(), dict(model.named_parameters())):
+        torch.save(weights, path, pickle_protocol=protocol, _use_new_zipfile_serialization=new)
+        files.check_pickle(path, "mine")
 
 
 @pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])

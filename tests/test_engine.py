@@ -426,6 +426,17 @@ def test_the_failure_names_the_models_last_line_as_a_sentence(poisoned: Tuple[En
     assert answer.message == "the model failed on this input: out of range"
 
 
+def test_an_error_that_names_its_own_reason_is_the_answer(
+    poisoned: Tuple[Engine, int], alone: Dict[str, List[Dict[str, Any]]]
+) -> None:
+    engine, token = poisoned
+    error = MissingPackage("this processor has no bfloat16")
+    engine.runner = raising(engine, token, error)
+    first, second = engine.answer([ask("Yes."), ask(POISON)])
+    assert second is error and error.message == "this processor has no bfloat16"
+    assert_same(value_of(first), alone["Yes."])
+
+
 def test_a_failure_without_a_reason_is_a_failure(poisoned: Tuple[Engine, int]) -> None:
     engine, token = poisoned
     engine.runner = raising(engine, token, RuntimeError())
@@ -572,6 +583,24 @@ def test_warming_up_and_measuring_ask_the_model(poisoned: Tuple[Engine, int]) ->
     assert max(batch for batch, _ in shapes) > 1 and engine.scheduler.cost != CostModel()
 
 
+def test_an_idle_engine_releases_memory_after_many_tokens(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    released: List[int] = []
+    monkeypatch.setattr("traceserve_runtime.memory.release_unused_memory", lambda: released.append(1))
+    other = like(engine)
+    for tokens, times in ((4096, 0), (1, 1), (4096, 1), (1, 2), (0, 2)):
+        other.read(tokens)
+        other.idle()
+        assert len(released) == times
+
+
+def test_only_the_workers_own_failures_are_logged(caplog: pytest.LogCaptureFixture) -> None:
+    refused, failed = InvalidRequest("no text"), ModelFailure("no answer")
+    refused.__cause__, failed.__cause__ = KeyError("text"), ValueError("logits")
+    failures.log([refused, failed, "an answer"])
+    [record] = caplog.records
+    assert record.getMessage().startswith("traceserve: ValueError in 1 of 3 requests")
+
+
 @pytest.mark.parametrize("task", TASKS.values(), ids=list(TASKS))
 def test_windows_are_advised_where_the_task_merges_them(artifact: Path, tmp_path: Path, task: Type[Task]) -> None:
     changed = damaged(artifact, tmp_path, task=task.name, long_inputs="reject")
@@ -634,6 +663,15 @@ def test_a_tokenizer_file_that_is_not_there_is_named(artifact: Path, tmp_path: P
     facts = dataclasses.replace(Manifest.read(artifact).tokenizer, file="other.json")
     with pytest.raises(InvalidManifest, match="other.json"):
         Engine.load(damaged(artifact, tmp_path, tokenizer=facts))
+
+
+def test_no_changed_file_is_loaded(artifact: Path, tmp_path: Path) -> None:
+    """Not even one that loading does not read; and that it was changed is told, not what torch says of it."""
+    for name in ("model-config.yaml", "traced_model.pt"):
+        changed = Path(shutil.copytree(artifact, tmp_path / name))
+        (changed / name).write_bytes((changed / name).read_bytes()[:-1])
+        with pytest.raises(InvalidManifest, match=f"the file {name} is not the one that was verified"):
+            Engine.load(changed)
 
 
 @pytest.mark.parametrize(

@@ -551,6 +551,16 @@ def test_its_time_runs_out_beside_rows_that_wait(make: Callable[..., Made]) -> N
     assert not work.busy and gone.result is None
 
 
+def test_explanations_do_not_wait_for_their_own_predictions(make: Callable[..., Made]) -> None:
+    engine = Engine.load(make("classification").folder)
+    predicted: List[float] = []
+    engine.pacing.predicted = predicted.append  # type: ignore[method-assign]
+    explain(engine, TEXT)
+    assert not predicted
+    engine.answer([Request({"text": TEXT})])
+    assert len(predicted) == 1
+
+
 def test_few_calls_are_explained_at_a_time(make: Callable[..., Made]) -> None:
     """They take turns, so that a list does not hold up a text; what comes beyond them is refused at once."""
     engine = Engine.load(make("classification").folder)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import random
@@ -105,11 +106,49 @@ def test_shapes_are_read_and_written(document: Document, copy: Path) -> None:
             {"shapes": {"lengths": None, "batches": [], "graph_per_shape": False, "padded": True, "shortest": 1}},
             "shapes.batches",
         ),
+        (
+            {"shapes": {"lengths": [8, 32], "batches": None, "graph_per_shape": False, "padded": False, "shortest": 1}},
+            "shapes.lengths should be null where rows are not padded",
+        ),
     ],
 )
 def test_values_that_no_builder_writes(document: Document, change: Document, what: str) -> None:
     with pytest.raises(InvalidManifest, match=what):
         Manifest.from_json({**document, **change})
+
+
+@pytest.mark.parametrize(
+    "key, value, what",
+    [
+        ("padding_side", "middle", "padding_side and truncation_side should be left or right"),
+        ("truncation_side", "", "padding_side and truncation_side should be left or right"),
+        ("file", "other.json", "files lacks the tokenizer, other.json"),
+        ("pieces", "other.model", "files lacks the tokenizer's other.model"),
+    ],
+)
+def test_facts_of_the_tokenizer_that_no_builder_writes(document: Document, key: str, value: str, what: str) -> None:
+    document["tokenizer"][key] = value
+    assert refusal(sealed(document)) == f"{MANIFEST_FILE}: {what}"
+
+
+def test_a_package_that_the_manifest_names_is_no_stranger(copy: Path) -> None:
+    (copy / "torch").mkdir()
+    (copy / "torch" / "__init__.py").write_text("")
+    with pytest.raises(InvalidManifest, match="^torch is not named in traceserve.json"):
+        Manifest.read(copy)
+    manifest = Manifest.read(copy, verify=False)
+    files = {**manifest.files, "torch/__init__.py": sha256(copy / "torch" / "__init__.py")}
+    dataclasses.replace(manifest, files=files).write(copy)
+    assert Manifest.read(copy).files == files
+
+
+def test_the_contents_are_all_files_but_the_serving_configuration(artifact: Path) -> None:
+    manifest = Manifest.read(artifact)
+    tuned = dataclasses.replace(manifest, files={**manifest.files, "model-config.yaml": "0" * 64})
+    assert tuned.contents == manifest.contents
+    for name in sorted({*manifest.files} - {"model-config.yaml"}):
+        other = dataclasses.replace(manifest, files={**manifest.files, name: "0" * 64})
+        assert other.contents != manifest.contents, name
 
 
 def test_text_beyond_ascii_is_kept(document: Document, copy: Path) -> None:

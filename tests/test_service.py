@@ -10,7 +10,7 @@ import json
 import logging
 import time
 from pathlib import Path
-from typing import Any, Callable, Dict, List, Mapping, Tuple
+from typing import Any, Callable, Dict, List, Mapping, Sequence, Tuple, cast
 
 import numpy as np
 import pytest
@@ -20,7 +20,10 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
+from traceserve_runtime.batching.batches import Stats
 from traceserve_runtime.engine import Engine
+from traceserve_runtime.generation.loop import WritingLoop
+from traceserve_runtime.mirror import Mirror
 from traceserve_runtime.protocols import PROTOCOLS, binary_tensors, tei
 from traceserve_runtime.protocols.bodies import Headers
 from traceserve_runtime.protocols.events import Stops, cut_at_stop
@@ -1078,6 +1081,54 @@ def test_a_text_that_cannot_be_probed_is_its_owners(
     bodies = [TEXT, "hard " * most, "easy " * most]
     statuses = [reply.status for reply in service.answer([asked({"text": text}) for text in bodies])]
     assert statuses == [200, 413, 413] and {*probed} == {"hard", "easy"}
+
+
+def test_a_turn_that_fails_leaves_nothing_for_the_next(
+    services: Dict[str, Service], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    service, stats = services["text_generation"], Stats()
+    session = service.session(stats)
+    body = {"text": PROMPT, "parameters": {"max_new_tokens": 3}}
+    with monkeypatch.context() as patch:
+        patch.setattr(WritingLoop, "turn", broken)
+        exchanges = session.join([asked(body)], [None])
+        assert session.turn() == exchanges and not session.busy
+    reply = exchanges[0].reply
+    assert reply is not None and reply.status == 500 and caplog.text.count("ValueError in 1 of 1 requests") == 1
+    for _ in range(3):
+        session.turn()
+    assert stats.rows == 0
+    [other] = session.join([asked(body)], [None])
+    while session.busy:
+        session.turn()
+    assert other.reply is not None and other.reply.status == 200
+
+
+def test_half_a_surrogate_pair_in_an_echoed_id_is_answered(services: Dict[str, Service]) -> None:
+    """ModelInfer's errors repeat the id, even one that the protocol refuses."""
+    headers = Headers("application/json", grpc=True, parts={"body": "application/json"})
+    [reply] = services["sequence_classification"].answer([Call({"body": {"id": "\ud800", "inputs": 5}}, headers)])
+    assert json.loads(reply.body.decode("utf-8"))["id"] == "?"
+
+
+class Shown:
+    """A mirror that keeps what it is shown."""
+
+    def __init__(self) -> None:
+        self.texts: List[object] = []
+
+    def show(self, served: Tuple[str, str], requests: Sequence[Request], answers: Sequence[Answer]) -> None:
+        assert served == ("intents", "2.1") and len(requests) == len(answers)
+        self.texts += [request.inputs["text"] for request in requests]
+
+
+def test_the_mirror_is_shown_predictions_alone(services: Dict[str, Service]) -> None:
+    """Neither explanations, which are not compared, nor what was refused."""
+    shown = Shown()
+    service = Service(services["sequence_classification"].engine, "intents", "2.1", mirror=cast(Mirror, shown))
+    calls = [asked([TEXT, OTHER]), asked({"text": "explained"}, explain=True), asked({"text": 5}), asked({}, "health")]
+    assert [reply.status for reply in service.answer(calls)] == [200, 200, 400, 200]
+    assert shown.texts == [TEXT, OTHER]
 
 
 CALLS: Mapping[str, List[Tuple[str, Any]]] = {

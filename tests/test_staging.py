@@ -211,6 +211,25 @@ def test_a_folder_without_a_lock_is_swept_after_a_week(target: Path, living: int
     assert left.exists() == (days == 1)
 
 
+@pytest.mark.parametrize("strange", ["a link", "another user's"])
+def test_nothing_of_a_stranger_takes_the_targets_place(
+    strange: str, target: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A folder of a dead process may hold the earlier target; one that only looks so does not."""
+    target.parent.mkdir()
+    left = target.parent / ".thing.1.abcd_123"
+    elsewhere = tmp_path / "elsewhere" if strange == "a link" else left
+    put(elsewhere / "replaced", "strange", as_folder=True)
+    (elsewhere / LOCK_FILE).touch()
+    if strange == "a link":
+        left.symlink_to(elsewhere)
+    else:
+        monkeypatch.setattr(os, "getuid", lambda: left.stat().st_uid + 1)
+    with pytest.raises(KeyError), staged(target):
+        raise KeyError
+    assert left.exists() and (elsewhere / "replaced").is_dir() and not target.exists()
+
+
 SWEEP = """
 import sys
 from pathlib import Path

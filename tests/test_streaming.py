@@ -172,7 +172,7 @@ def test_a_failed_step_splices_no_two_texts(engine: Engine) -> None:
         assert context.headers[0, "content-type"].startswith("text/plain")
 
 
-def test_a_stream_that_fails_for_good_ends_with_the_error(engine: Engine) -> None:
+def test_a_stream_that_fails_for_good_ends_with_the_error(engine: Engine, caplog: pytest.LogCaptureFixture) -> None:
     pieces, end, context = stream(engine, lambda step: step >= 15, 3)
     assert pieces and end.startswith(b"\n")
     assert error_in(end) == {
@@ -181,9 +181,11 @@ def test_a_stream_that_fails_for_good_ends_with_the_error(engine: Engine) -> Non
         "field": None,
     }
     assert context.headers[0, "content-type"].startswith("text/plain")
+    assert caplog.text.count("traceserve: RuntimeError in 1 of 1 requests") == 1
 
 
-def test_a_stream_that_never_began_is_an_error_like_others(engine: Engine) -> None:
+def test_a_stream_that_never_began_is_an_error_like_others(engine: Engine, caplog: pytest.LogCaptureFixture) -> None:
     pieces, end, context = stream(engine, lambda step: True, 3)
     assert not pieces and json.loads(end)["error"]["type"] == "ModelFailure"
     assert context.statuses == {0: 500}
+    assert caplog.text.count("traceserve: RuntimeError in 1 of 1 requests") == 1

@@ -10,7 +10,7 @@ import time
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Callable, Dict, Set, Tuple
+from typing import Any, Callable, Dict, Optional, Set, Tuple
 
 import conftest
 import numpy as np
@@ -242,6 +242,17 @@ def test_the_variance_that_is_lost() -> None:
     found = Findings(LIMITS["int8"], answers=1, unexplained={"logits": unexplained_variance(wrong)})
     assert list(found.indistinct) == ["logits"] and not found.passed
     assert not replace(found, limit=LIMITS["float32"]).indistinct  # its other limits see more
+
+
+@pytest.mark.parametrize("difference", [2e-4, math.inf, math.nan, None], ids=str)
+def test_prompts_are_read_in_parts_only_where_every_variant_may(difference: Optional[float]) -> None:
+    """None: it was not compared. The artifact passes all the same."""
+    cell = Cell(2, 32, False, "logits", 1e-6)
+    good = Findings(LIMITS["float32"], in_parts=[cell])
+    assert replace(good, others=[good]).prompts_in_parts
+    wrong = replace(good, in_parts=[] if difference is None else [cell, replace(cell, difference=difference)])
+    for found in (wrong, replace(wrong, others=[good]), replace(good, others=[good, wrong])):
+        assert not found.prompts_in_parts and found.passed
 
 
 def test_rows_of_pairs(artifact: Path, checkpoint: Callable[..., Path], tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ import pickletools
 import re
 import zipfile
 from pathlib import Path
-from typing import IO, Iterator, List, Optional, Sequence
+from typing import IO, Dict, Iterator, List, Optional, Sequence
 
 from traceserve_runtime.tasks import TASKS
 
@@ -78,6 +78,7 @@ _PICKLED_MODELS = ("*.pt", "*.pth", "*.pkl", "*.pickle", "*.ckpt", "*.bin")
 # download a kernel from the hub and run it (CVE-2026-4372), whatever trust_remote_code says.
 _ATTENTION_KEYS = ("attn_implementation", "_attn_implementation", "_attn_implementation_internal")
 _ATTENTION_NAME = re.compile(r"\w+")
+_PUTS, _GETS = ("PUT", "BINPUT", "LONG_BINPUT"), ("GET", "BINGET", "LONG_BINGET")  # opcodes of a pickle's memo
 _SEVERAL = 5  # pickles in a file in the format before torch 1.6: headers and the object
 
 
@@ -277,10 +278,20 @@ def _globals(path: Path) -> Iterator[str]:
 
 def _named(stream: IO[bytes]) -> Iterator[str]:
     strings: List[str] = []
+    memo: Dict[int, Optional[str]] = {}  # a string that was written before is read from there
+    text: Optional[str] = None  # the last opcode's, if it pushes one
     for opcode, argument, _ in pickletools.genops(stream):
+        if opcode.name in ("MEMOIZE", *_PUTS):
+            memo[len(memo) if opcode.name == "MEMOIZE" else int(argument or 0)] = text
+            continue
+        text = None
         if opcode.name == "GLOBAL":
             yield str(argument)
         elif opcode.name == "STACK_GLOBAL" and len(strings) > 1:
             yield f"{strings[-2]} {strings[-1]}"
+        elif opcode.name in _GETS:
+            text = memo.get(int(argument or 0))
         elif isinstance(argument, str):
-            strings.append(argument)
+            text = argument
+        if text is not None:
+            strings.append(text)
