@@ -1396,7 +1396,8 @@ def test_a_new_version_on_ray_is_beside_the_old_one_and_then_in_its_place() -> N
     replicas = dataclasses.asdict(ray_config.Replicas(least=3, most=4, cpus=2, surge=50))
     new = {**running[0]["args"], "archive": "/new", "version": "2.0", "replicas": replicas}  # type: ignore[dict-item]
     beside = ray_config.beside(new, 1)
-    assert (beside["name"], beside["route_prefix"]) == ("colours-2.0", "/predictions/colours/2.0")
+    assert beside["name"].startswith("colours-2.0-") and beside["name"] != ray_config.beside(new, 1)["name"]
+    assert beside["route_prefix"] == "/predictions/colours/2.0"
     assert beside["args"] == {**new, "replicas": {**replicas, "least": 1, "most": 1, "cpus": 1}}
     application, router = ray_config.replacing(running, new)
     assert application == {**running[0], "args": new}

@@ -19,7 +19,7 @@ from traceserve.checking.proof import Proof
 from traceserve.errors import ServerError
 from traceserve.rollout.engines import on_ray
 from traceserve.rollout.updating import UpdateOptions, _Update
-from traceserve.serving import ray_applications, ray_cluster
+from traceserve.serving import client, ray_applications, ray_cluster, server
 from traceserve.serving.engines import RAY
 from traceserve.serving.instances import Instance
 from traceserve.serving.plan import Archive, planned
@@ -68,7 +68,8 @@ def switched_to(instance: Instance, version: str) -> on_ray._KnownVersions:
     """Remember that an update began with OLD, and put `version` into its place while requests named OLD."""
     [application] = ray_applications.applications_of(instance)["applications"]
     versions = {OLD: application["args"], version: {**application["args"], "version": version}}
-    known = on_ray._KnownVersions(versions, named_before={OLD: 0}, staying={OLD: 3})
+    own = {OLD: "tiny-0.9-its-own"}
+    known = on_ray._KnownVersions(versions, named_before={OLD: 0}, staying={OLD: 3}, applications=own)
     on_ray._remember(instance, "tiny", known)
     return known
 
@@ -82,8 +83,9 @@ def test_back_to_the_old_version_nobody_is_asked(cluster: Instance, changes: Lis
     assert first["removed"] == [] and [each["name"] for each in first["applications"]] == ["tiny"]
     args = first["applications"][0]["args"]
     assert args["version"] == OLD and args["replicas"]["surge"] == 20
-    assert second == {"applications": [], "removed": [f"tiny-{OLD}"]}
-    assert on_ray._known(cluster, "tiny").staying == {}
+    assert second == {"applications": [], "removed": ["tiny-0.9-its-own"]}
+    known = on_ray._known(cluster, "tiny")
+    assert known.staying == known.applications == {}
     assert ray_applications.applications_of(cluster)["applications"] == first["applications"]
 
 
@@ -112,31 +114,38 @@ def test_the_new_version_is_removed_only_where_the_old_one_is_back(
     said = update._take_back()
     assert update._folder.is_dir() is not works
     if works:
-        assert said == f"tiny {OLD} answers as before" and changes[-1]["removed"] == [f"tiny-{new.manifest.version}"]
+        assert said == f"tiny {OLD} answers as before" and changes[-1]["removed"] == ["tiny-0.9-its-own"]
+        assert set(on_ray.versions_of(cluster, "tiny")) == {OLD}
     else:
         assert said.startswith(f"nor could {OLD} be restored: tiny is left to {new.manifest.version}")
         assert "`traceserve stop --port 18000` and `traceserve serve`" in said
         assert asked == [600.0]  # longer than for a start, and nothing was removed after it
+        assert set(on_ray.versions_of(cluster, "tiny")) == {OLD, new.manifest.version}
 
 
-def test_another_archives_application_is_not_taken(
-    cluster: Instance, changes: List[Change], archive: Callable[[int], Archive]
+def test_a_version_at_its_own_path_has_a_name_that_none_had(
+    cluster: Instance, changes: List[Change], archive: Callable[[int], Archive], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A version's own application is named NAME-VERSION, as another archive may be."""
+    """Neither another archive's application, nor one of its own that was removed, as what a killed update has left is."""
     new = archive(2)
     version = new.manifest.version
-    serve_also(cluster, ray_config.Hosted("/other", f"tiny-{version}", "1.0"))
-    with pytest.raises(ServerError, match=f"tiny {version} would get the name tiny-{version}, which another archive"):
-        on_ray.start_beside(cluster, new, "tiny@new", 5.0)
-    serve_also(cluster, ray_config.Hosted("/other", f"tiny-{OLD}", "1.0"))
-    with pytest.raises(ServerError, match=f"tiny {OLD} would get the name tiny-{OLD}"):
+    serve_also(cluster, ray_config.Hosted("/other", f"tiny-{version}", "1.0", replicas=ray_config.Replicas(cpus=0)))
+    monkeypatch.setattr(server, "canary", lambda manifest: {})
+    monkeypatch.setattr(client, "predict", lambda *asked: {})
+    running = on_ray.versions_of(cluster, "tiny")[OLD]
+    monkeypatch.setattr(on_ray, "running_version", lambda instance, name: running)
+    names = []
+    for _ in range(2):
         on_ray.begin_update(cluster, "tiny")
-    serve_also(cluster, ray_config.Hosted("/other", "ti", "1.0"))
-    on_ray._remember(cluster, "tiny-b", on_ray._KnownVersions({"1": {}}))  # of which one replica may stay as tiny-b-1
-    on_ray._check_names(cluster, "tiny", [OLD, version])
-    with pytest.raises(ServerError, match="tiny b-1 would get the name tiny-b-1"):
-        on_ray._check_names(cluster, "tiny", ["b-1"])
-    assert changes == []
+        on_ray.start_beside(cluster, new, "tiny@new", 5.0)
+        names += [each["name"] for each in changes[-1]["applications"]]
+    first, second = names
+    assert first != second and {first[:-8], second[:-8]} == {f"tiny-{version}-"}
+    assert [change["removed"] for change in changes if "removed" in change] == [[first]]
+    on_ray.remove_version(cluster, "tiny", version)
+    on_ray.remove_version(cluster, "tiny", version)
+    assert [change["removed"] for change in changes if "removed" in change] == [[first], [second]]
+    assert on_ray.versions_of(cluster, "tiny") == {OLD: running}
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ other paths mean, and shares out the requests to a name among its versions.
 
 from __future__ import annotations
 
+import secrets
 from dataclasses import asdict, dataclass
 from typing import Any, Dict, List, Mapping, Optional, Sequence
 
@@ -86,12 +87,13 @@ def versioned(name: str, version: str) -> str:
 def beside(archive: Mapping[str, Any], cpus: float) -> Dict[str, Any]:
     """The application of another version of a served name, in one replica at its own path, beside what runs.
 
-    `archive` has the arguments of an application that `applications` made.
+    `archive` has the arguments of an application that `applications` made. The name is a new one each time: requests of an
+    application that was removed, and starts again under its name, are refused by Ray's proxy until a replica runs.
     """
     name, version = archive["name"], archive["version"]
     replicas = {**archive["replicas"], "least": 1, "most": 1, "cpus": cpus}
     return {
-        "name": versioned(name, version),
+        "name": f"{versioned(name, version)}-{secrets.token_hex(4)}",
         "route_prefix": f"/predictions/{name}/{version}",
         "import_path": f"{MODULE}:archive",
         "args": {**archive, "replicas": replicas},

@@ -70,10 +70,11 @@ exec '{program}' "$@"
 """
 
 
-# What HAProxy sends requests through that wait, where no replica is left, for Ray to start one.
+# What HAProxy sends requests through that wait, where no replica is left, for Ray to start one. Plain text is Ray's.
 _WAITING = """listen waiting
     bind 127.0.0.1:{waiting}
     timeout server {seconds}s
+    http-response return errorfile {unavailable} if {{ status 500 503 }} {{ res.hdr(content-type) -m beg text/plain }}
     server proxy 127.0.0.1:{fallback}
 """
 _SECONDS_TO_WAIT = 30  # for a replica's start and its answer; then they are refused, and clients try again
@@ -175,7 +176,7 @@ def _haproxy(plan: ServerPlan, ports: Mapping[str, int]) -> Path:
     unavailable = run / "unavailable.http"
     unavailable.write_bytes(_response(503, "Service Unavailable", _UNAVAILABLE))
     waiting = run / "waiting.cfg"
-    waiting.write_text(_WAITING.format(seconds=_SECONDS_TO_WAIT, **ports), encoding="ascii")
+    waiting.write_text(_WAITING.format(seconds=_SECONDS_TO_WAIT, unavailable=unavailable, **ports), encoding="utf-8")
     known = {
         "program": _real_haproxy(),
         "loopback": _LOOPBACK.replace(".", "[.]"),

@@ -13,7 +13,7 @@ import json
 import time
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Dict, Iterable, List, Mapping, Sequence
+from typing import Any, Dict, Iterable, List, Mapping, Sequence, TypeVar
 
 from traceserve_hosts import ray_config
 from traceserve_runtime.json_types import JsonObject
@@ -34,6 +34,7 @@ _NAMING = f"ray_{ray_config.NAMING}"
 _SECONDS_TO_REMOVE = 360.0  # more than the host's program waits, which says what did not end
 _SURGE = 20  # percent: one replica starts before one of those that it replaces ends
 _Archive = Mapping[str, Any]  # an application's arguments
+_Value = TypeVar("_Value")
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,7 @@ class _KnownVersions:
     named_before: Mapping[str, int] = field(default_factory=dict)
     # That stay for requests with the version in their path: how many there were in the update that left it, then 0.
     staying: Mapping[str, int] = field(default_factory=dict)
+    applications: Mapping[str, str] = field(default_factory=dict)  # the names of those at versions' own paths
 
 
 def check_running_server(instance: Instance) -> None:
@@ -58,15 +60,15 @@ def check_update(archive: Archive, running: Registered, timeout: float) -> None:
 def begin_update(instance: Instance, name: str) -> None:
     """Note how many requests have named each version until now, and end what an update that was killed has left: there is
     no room for it beside another one."""
-    known, counted = _known(instance, name), _naming(instance, name)
-    _check_names(instance, name, known.versions)
-    staying = {*known.staying, running_version(instance, name).version}
-    left = [ray_config.versioned(name, version) for version in known.versions if version not in staying]
+    known, counted, running = _known(instance, name), _naming(instance, name), running_version(instance, name).version
+    staying = {version: 0 for version in known.staying if version != running}
+    left = [own for version, own in known.applications.items() if version not in staying]
     if left:
         change: Dict[str, Any] = {"applications": [], "removed": left}
         ray_applications.change_applications(instance, change, _SECONDS_TO_REMOVE, name)
+    applications = {version: own for version, own in known.applications.items() if version in staying}
     before = {each: counted.get(each, 0) for each in known.versions}
-    _remember(instance, name, replace(known, named_before=before, staying=dict.fromkeys(known.staying, 0)))
+    _remember(instance, name, _KnownVersions(known.versions, before, staying, applications))
 
 
 def versions_of(instance: Instance, name: str) -> Dict[str, Registered]:
@@ -101,13 +103,9 @@ def start_beside(instance: Instance, archive: Archive, folder: str, timeout: flo
         # One more than there are fits: this replica ends before the first of those that replace the running ones starts.
         "replicas": {**running["replicas"], "least": archive.workers, "most": most, "cpus": cores, "surge": _SURGE},
     }
-    known = _known(instance, name)
-    _check_names(instance, name, [*known.versions, version])
     _check_room(instance, new)
-    _remember(instance, name, replace(known, versions={**known.versions, version: new}))
     deadline = time.monotonic() + timeout
-    change = {"applications": [ray_config.beside(new, cores)]}
-    ray_applications.change_applications(instance, change, timeout, f"{name} {version}")
+    _start_at_own_path(instance, new, cores, timeout)
     canary = server.canary(archive.manifest)
     while True:  # HAProxy hears of it a little later
         try:
@@ -119,20 +117,13 @@ def start_beside(instance: Instance, archive: Archive, folder: str, timeout: flo
         time.sleep(_POLL)
 
 
-def _check_names(instance: Instance, name: str, versions: Iterable[str]) -> None:
-    """Raise ServerError where a version's own application would take another archive's name: that one would be replaced,
-    and removed at the end."""
-    taken = {each["name"] for each in ray_applications.applications_of(instance)["applications"]}
-    for other, known in _remembered(instance).items():
-        if other != name:
-            taken |= {ray_config.versioned(other, version) for version in known["versions"]}
-    for version in versions:
-        own = ray_config.versioned(name, version)
-        if own in taken:
-            raise ServerError(
-                f"on Ray Serve {name} {version} would get the name {own}, which another archive that is served has; build the "
-                "new one under another --version, or serve the other one under another name"
-            )
+def _start_at_own_path(instance: Instance, archive: _Archive, cores: float, timeout: float) -> None:
+    """Start one replica of a version, which is remembered first: the next update ends what a killed one has left."""
+    name, version = archive["name"], archive["version"]
+    application, known = ray_config.beside(archive, cores), _known(instance, name)
+    versions, names = {**known.versions, version: archive}, {**known.applications, version: application["name"]}
+    _remember(instance, name, replace(known, versions=versions, applications=names))
+    ray_applications.change_applications(instance, {"applications": [application]}, timeout, f"{name} {version}")
 
 
 def _check_room(instance: Instance, new: _Archive) -> None:
@@ -181,10 +172,13 @@ def switch_to(instance: Instance, name: str, version: str, timeout: float) -> No
     before = running_version(instance, name).version
     named = _named(instance, name, before, known)
     if named:
-        staying = ray_config.beside(known.versions[before], 0)  # what there is room for is left for the new version
-        ray_applications.change_applications(instance, {"applications": [staying]}, timeout, f"{name} {before}")
-        _remember(instance, name, replace(known, staying={**known.staying, before: named}))
-    _replace(instance, known.versions[version], [ray_config.versioned(name, version)], timeout)
+        # Without cores: what there is room for is left for the new version.
+        _start_at_own_path(instance, known.versions[before], 0, timeout)
+        known = _known(instance, name)
+        known = replace(known, staying={**known.staying, before: named})
+        _remember(instance, name, known)
+    _replace(instance, known.versions[version], [known.applications[version]], timeout)
+    _remember(instance, name, replace(known, applications=_without(version, known.applications)))
 
 
 def _switch_back(instance: Instance, name: str, version: str, known: _KnownVersions, timeout: float) -> None:
@@ -195,10 +189,9 @@ def _switch_back(instance: Instance, name: str, version: str, known: _KnownVersi
     if version not in known.staying:
         return
     with contextlib.suppress(ServerError):  # it takes no core, and the next update looks again
-        change: Dict[str, Any] = {"applications": [], "removed": [ray_config.versioned(name, version)]}
-        ray_applications.change_applications(instance, change, _SECONDS_TO_REMOVE, f"{name} {version}")
-        staying = {other: count for other, count in known.staying.items() if other != version}
-        _remember(instance, name, replace(known, staying=staying))
+        _end_at_own_path(instance, name, version, known)
+        known = replace(known, applications=_without(version, known.applications))
+        _remember(instance, name, replace(known, staying=_without(version, known.staying)))
 
 
 def _replace(instance: Instance, archive: _Archive, removed: Sequence[str], timeout: float) -> None:
@@ -223,15 +216,20 @@ def drain_version(instance: Instance, name: str, version: str, canary: JsonObjec
 
 def remove_version(instance: Instance, name: str, version: str) -> None:
     """End a version at its own path, if it runs; raises ServerError."""
-    ray_applications.change_applications(
-        instance,
-        {"applications": [], "removed": [ray_config.versioned(name, version)]},
-        _SECONDS_TO_REMOVE,
-        f"{name} {version}",
-    )
     known = _known(instance, name)
-    parts = [{v: each for v, each in part.items() if v != version} for part in dataclasses.astuple(known)]
+    if version in known.applications:
+        _end_at_own_path(instance, name, version, known)
+    parts = [_without(version, part) for part in dataclasses.astuple(known)]
     _remember(instance, name, _KnownVersions(*parts))
+
+
+def _end_at_own_path(instance: Instance, name: str, version: str, known: _KnownVersions) -> None:
+    change: Dict[str, Any] = {"applications": [], "removed": [known.applications[version]]}
+    ray_applications.change_applications(instance, change, _SECONDS_TO_REMOVE, f"{name} {version}")
+
+
+def _without(version: str, of_versions: Mapping[str, _Value]) -> Dict[str, _Value]:
+    return {other: value for other, value in of_versions.items() if other != version}
 
 
 def _registered(archive: _Archive) -> Registered:
