@@ -57,7 +57,7 @@ class SignatureError(ArchiveError):
 
 
 class ServerError(TraceserveError):
-    """TorchServe did not start or does not answer."""
+    """The server did not start or does not answer."""
 
     page = "serve.md"
 

@@ -192,7 +192,7 @@ def _markdown(content: Dict[str, Any]) -> str:
             f"Two workers on one device ({workers['dtype']}): {workers['seconds_alone']:.2f} s alone, {beside} s beside each "
             f"other; {', '.join(map(str, workers['megabytes']))} MiB at most; labels alike: {workers['labels_alike']}",
         ]
-    lines += ["", "| model | dtype | requests at once | who | tokens/s | spread |", "|---|---|---|---|---|---|"]
+    lines += ["", "| model | dtype | requests at once | way | tokens/s | spread |", "|---|---|---|---|---|---|"]
     for item in content["speeds"]:
         lines.append(
             f"| {item['model']} | {item['dtype']} | {item['batch']} | {item['what']} | {item['tokens_per_second']:,.0f} "

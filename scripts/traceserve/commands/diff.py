@@ -38,7 +38,7 @@ def _add_diff(parser: argparse.ArgumentParser) -> None:
         help="ask your own texts instead of built-in ones: one per line, or a .csv or .tsv with a column text, or request bodies "
         "in a .jsonl; they stay on this machine, and the page of --html quotes those whose answer changed",
     )
-    parser.add_argument("--threads", type=positive, metavar="N", help="of each engine [this machine's cores]")
+    parser.add_argument("--threads", type=positive, metavar="N", help="for each archive [this machine's cores]")
     parser.add_argument("--html", type=Path, metavar="FILE", help="write a page with all of it; it works offline")
     parser.add_argument("--json", action="store_true", help="print JSON, with the requests whose answer changed")
 

@@ -190,8 +190,8 @@ COMMANDS = (
         "commit and licence, the receipt, the packages with the versions of\nthe build, those here and the tested ranges, "
         "the files, what a worker needs. Nothing in the archive is run or unpickled,\nso one from strangers can be looked at: "
         "a file that leads out of its folder, or would grow without end, is refused by name.\n\nFindings are errors (it would "
-        "not run here, or is not what was verified), warnings (drift that was allowed, code of the\ncheckpoint's own, versions "
-        "outside the tested range, a processor on which it is slow) and notes.\n\n"
+        "not run here, or is not what the gate compared), warnings (drift that was allowed, code of the\ncheckpoint's own, "
+        "versions outside the tested range, a processor on which it is slow) and notes.\n\n"
         "  traceserve inspect model_store/NAME.mar\n  traceserve inspect model_store/NAME.mar --strict   # for CI\n"
         "  traceserve inspect model_store/NAME.mar --json | jq .source\n\n"
         "exit code: 0; with --strict 1 if there is an error or a warning; 2 if it cannot be read",

@@ -25,7 +25,7 @@ def _add_serve(parser: argparse.ArgumentParser) -> None:
         "--workers",
         type=positive,
         metavar="N",
-        help="processes per archive [the value that `traceserve tune` wrote into it, else 1]",
+        help="worker processes per archive, on ray replicas [the value that `traceserve tune` wrote into it, else 1]",
     )
     parser.add_argument(
         "--host",
@@ -57,20 +57,20 @@ def _add_serve(parser: argparse.ArgumentParser) -> None:
         "--most-workers",
         type=positive,
         metavar="N",
-        help="ray: add processes per archive up to N as requests wait, and end them when fewer do [--workers]",
+        help="ray: add replicas per archive up to N as requests wait, and end them when fewer do [--workers]",
     )
     parser.add_argument(
         "--ongoing",
         type=positive,
         metavar="N",
-        help="ray: with --most-workers, the requests that a process has at a time, beyond which more are started "
+        help="ray: with --most-workers, the requests that a replica has at a time, beyond which more are started "
         "[twice the batch size]",
     )
     parser.add_argument(
         "--gpus",
         type=_gpus,
         metavar="X",
-        help="ray: what each process takes of a GPU, such as 0.25, or whole ones [all of an archive share one]",
+        help="ray: what each replica takes of a GPU, such as 0.25, or whole ones [all of an archive share one]",
     )
     parser.add_argument("--foreground", action="store_true", help="run until interrupted, for containers and systemd")
     parser.add_argument(

@@ -48,7 +48,7 @@ def _add_update(parser: argparse.ArgumentParser) -> None:
         "--workers",
         type=positive,
         metavar="N",
-        help="its processes [the value that `traceserve tune` wrote into it, else as many as run now]",
+        help="its workers [the value that `traceserve tune` wrote into it, else as many as run now]",
     )
     parser.add_argument(
         "--timeout",

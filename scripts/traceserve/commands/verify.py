@@ -160,7 +160,7 @@ COMMANDS = (
     Command(
         "verify",
         "Ask a live server its archive's golden set.\n\nAn archive carries samples with the original model's answers (built-in "
-        "texts; your own only if you built it with\n--samples FILE --keep-samples). They are asked through the server's own "
+        "ones; your own only if you built it with\n--samples FILE --keep-samples). They are asked through the server's own "
         "door, one at a time, within ten seconds, and\njudged by the rule of the gate: no answer may change in float32, few in a "
         "lower precision, scores within the limit. Texts in a lower\nprecision must be those that the archive wrote at its "
         "build, up to its first near tie.\nThe server's version and hash must be the archive's, too. Run it after "

@@ -105,10 +105,13 @@ class SetupConfig(BaseModel):
         False, description="Serve a checkpoint without a head for the task with a random one; for trials only"
     )
     batch_size: int = Field(
-        64, ge=1, le=4096, description="The most requests that TorchServe passes to the worker at once"
+        64,
+        ge=1,
+        le=4096,
+        description="The most requests that the host (TorchServe, Ray Serve, ...) passes to the worker at once",
     )
     max_batch_delay: int = Field(
-        1, ge=1, le=10_000, description="How long TorchServe waits for a batch to fill, in milliseconds"
+        1, ge=1, le=10_000, description="How long the host waits for a batch to fill, in milliseconds"
     )
     version: str = Field(
         DEFAULT_VERSION,
@@ -117,7 +120,10 @@ class SetupConfig(BaseModel):
         "registered beside the first",
     )
     response_timeout: int = Field(
-        300, ge=1, le=86_400, description="Seconds after which TorchServe abandons a batch and restarts its worker"
+        300,
+        ge=1,
+        le=86_400,
+        description="Seconds after which TorchServe abandons a batch and restarts its worker; Ray Serve and uvicorn answer 503",
     )
     client_timeout: Optional[int] = Field(
         None,
@@ -130,8 +136,8 @@ class SetupConfig(BaseModel):
     continuous_batching: bool = Field(
         False,
         description="Whether requests join and leave TorchServe's running batch, between the tokens of texts that are written, "
-        "or between parts of a tenth of a second: short requests no longer wait for long ones "
-        "(docs/requests.md#requests-that-join-others). With one worker only. (Hosts of our own always do so)",
+        "or between turns of a tenth of a second: short requests no longer wait for long ones "
+        "(docs/requests.md#requests-that-join-others). With one worker only. (On Ray Serve and uvicorn they always do)",
     )
 
     pack_weights: Optional[bool] = Field(
