@@ -602,6 +602,45 @@ def test_openais_texts_end_before_a_stop_string_of_the_archive(
     assert "".join(event["choices"][0]["text"] for event in events(text)) == expected[0]["text"]
 
 
+WHOLE: Mapping[str, Tuple[str, Any]] = {
+    "completion": ("v1/completions", {"prompt": PROMPT, "stream": False}),
+    "completions": ("v1/completions", {"prompt": PROMPT, "n": 2}),
+    "chat": ("v1/chat/completions", {"messages": CHAT}),
+    "hub": ("hf", {"inputs": PROMPT}),
+    "hub, false": ("hf", {"inputs": PROMPT, "stream": False}),
+    "list": ("", [PROMPT]),
+    "instances": ("", {"instances": [PROMPT]}),
+    "inputs": ("", {"inputs": [PROMPT], "parameters": {"top_n_tokens": 0}}),
+    "tensor": ("", {"inputs": [{"name": "text", "shape": [1], "datatype": "BYTES", "data": [PROMPT]}]}),
+}
+
+
+@pytest.mark.parametrize("kind", WHOLE)
+def test_what_cannot_be_streamed_is_answered_whole_where_the_archive_streams(
+    services: Dict[str, Service], kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    service, (path, body) = services["text_generation"], WHOLE[kind]
+    monkeypatch.setitem(service.engine.manifest.parameters, "max_new_tokens", 5)
+
+    def answer() -> Any:
+        found = ask(service, path, body)
+        return found.get("choices", found) if isinstance(found, dict) else found
+
+    wanted = answer()
+    monkeypatch.setitem(service.engine.manifest.parameters, "stream", True)
+    assert answer() == wanted
+    pieces, reply = stream(service, "", {"text": PROMPT})
+    assert reply.content_type.startswith("text/plain") and pieces
+
+
+def test_an_item_that_asks_for_a_stream_is_refused_where_the_archive_streams(
+    services: Dict[str, Service], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(services["text_generation"].engine.manifest.parameters, "stream", True)
+    body = [PROMPT, {"text": TEXT, "parameters": {"stream": True}}]
+    assert ask(services["text_generation"], "", body, 400)["error"]["field"] == "parameters.stream"
+
+
 @pytest.mark.parametrize("streamed", [False, True])
 def test_a_list_is_not_streamed_to_hugging_faces_client(services: Dict[str, Service], streamed: bool) -> None:
     pieces: List[bytes] = []
