@@ -331,6 +331,8 @@ class Session:
         for pending in exchange.pending:
             self._work.leave(pending)
         exchange.release()
+        if not self._live:  # no turn follows, in which the work would drop what it holds of those who left
+            self._work = self._opened()
 
     def _result(self, exchange: Exchange) -> _Result:
         return exchange.result(self._service.served, self._service.engine.task, self._stats)
