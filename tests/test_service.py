@@ -524,6 +524,38 @@ def test_a_stream_of_hugging_face_has_no_beams(services: Dict[str, Service], mon
     assert error.startswith("parameters.num_beams: beams are not streamed")
 
 
+def test_log_probabilities_where_an_archive_samples(translator: Service, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It samples unless a request says otherwise, whose text then has no beams."""
+    for name, value in {"do_sample": True, "seed": 3}.items():
+        monkeypatch.setitem(translator.engine.manifest.parameters, name, value)  # type: ignore[arg-type]
+    body = {"prompt": TEXT, "max_tokens": 6, "logprobs": 1}
+    for asked_for, own in (({}, {}), ({"temperature": 0}, {"do_sample": False, "num_beams": 1})):
+        [choice] = ask(translator, "v1/completions", {**body, **asked_for})["choices"]
+        native = {"text": TEXT, "parameters": {"max_new_tokens": 6, **own}}
+        assert choice["text"] == ask(translator, "", native)["generated_text"] and choice["logprobs"]["tokens"]
+
+
+@pytest.mark.parametrize("own", [{"temperature": 0}, {"do_sample": False}])
+def test_a_stream_of_hugging_face_has_no_beams_where_it_does_not_sample(
+    services: Dict[str, Service], own: Dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    service = services["text_generation"]
+    body = {"inputs": PROMPT, "parameters": {"max_new_tokens": 6}, "stream": True}
+    wanted, _ = stream(service, "hf", body)
+    monkeypatch.setitem(service.engine.manifest.parameters, "num_beams", 3)
+    monkeypatch.setitem(service.engine.manifest.parameters, "do_sample", True)
+    found, _ = stream(service, "hf", {**body, "parameters": {"max_new_tokens": 6, **own}})
+    assert found == wanted
+    sampled, _ = stream(service, "hf", {**body, "parameters": {"max_new_tokens": 6, "seed": 3}})
+    monkeypatch.setitem(service.engine.manifest.parameters, "seed", 3)
+    unasked, _ = stream(service, "hf", body)
+    assert texts_of_events(unasked) == texts_of_events(sampled) != texts_of_events(wanted)
+
+
+def texts_of_events(text: str) -> List[str]:
+    return [event["token"]["text"] for event in events(text)]
+
+
 @pytest.mark.parametrize("truncation", ["longest_first", "only_first"])
 def test_hugging_faces_client_may_have_long_texts_truncated(translator: Service, truncation: str) -> None:
     def asking(**parameters: Any) -> Any:

@@ -123,7 +123,7 @@ class _Writing(OpenAiErrors):
         choices = Choices(_count(value), stops, self._logprobs(value))
         if choices.logprobs is not None:
             details = {"details": True, "top_n_tokens": choices.logprobs}
-            parameters = {**without_beams(served), **parameters, **details}
+            parameters = {**without_beams(parameters, served), **details}
         if boolean(value, "stream"):
             return self._streamed(value, prompts, parameters, choices, served, group)
         count, most = len(prompts) * choices.of_each, served.manifest.max_rows
