@@ -223,6 +223,25 @@ def test_the_choices_of_a_prompt_draw_with_their_own_seeds(services: Dict[str, S
         assert texts[i] == ask(service, "", {"text": prompt, "parameters": parameters})[0]["generated_text"]
 
 
+@pytest.mark.parametrize("sampled", [{"do_sample": True}, {"do_sample": False, "seed": 7}])
+def test_the_choices_of_a_prompt_draw_with_the_archives_seed(
+    services: Dict[str, Service], sampled: Dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    service = services["text_generation"]
+    body = {"prompt": PROMPT, "n": 3, "max_tokens": 8}
+    alone = {"max_new_tokens": 8, "return_full_text": False}
+    for name, value in {"seed": 7, "top_k": 0, **sampled}.items():
+        monkeypatch.setitem(service.engine.manifest.parameters, name, value)  # type: ignore[arg-type]
+    for asked_for in ({}, {"temperature": 2.0}):
+        texts = [choice["text"] for choice in ask(service, "v1/completions", {**body, **asked_for})["choices"]]
+        draws = bool(sampled["do_sample"] or asked_for)
+        wanted = [{**asked_for, "seed": 7 + i} if draws else {} for i in range(3)]
+        for text, own in zip(texts, wanted):
+            native = {"text": PROMPT, "parameters": {**alone, **own}}
+            assert text == ask(service, "", native)[0]["generated_text"]
+        assert len(set(texts)) == (3 if draws else 1)
+
+
 def test_token_ids_are_read_as_the_text_that_they_say(services: Dict[str, Service]) -> None:
     service = services["feature_extraction"]
     ids = service.engine.task.tokenizer.token_ids(TEXT)
