@@ -703,6 +703,23 @@ def test_a_text_that_has_no_room_is_refused_or_cut(made: Callable[[str], Made]) 
     assert kept + written(cut.value) == original(made("gpt2"), kept, max_new_tokens=10)
 
 
+def test_the_part_of_a_prompt_that_may_be_read_is_read(made: Callable[[str], Made]) -> None:
+    engine, _, tokenizer = made("gpt2")
+    fits = VERY_LONG
+    while len(tokenizer(fits)["input_ids"]) > 90:
+        fits = fits[:-1]
+    for text, most in ((fits, 100), (fits, 120), (VERY_LONG, 100)):
+        room = 128 - min(most, len(tokenizer(text)["input_ids"]))
+        found, wanted = engine.answer(
+            [Request({"text": text}, {"truncate": most, **more}) for more in ({}, {"max_new_tokens": room})]
+        )
+        assert isinstance(found, Answer) and found == wanted and bool(found.unseen) == (text != fits)
+    found, wanted = engine.answer(
+        [Request({"text": VERY_LONG}, own) for own in ({"truncate": 500}, {"long_inputs": "truncate"})]
+    )
+    assert isinstance(found, Answer) and found == wanted and found.tokens == 64
+
+
 def test_without_a_limit_the_room_is_filled(made: Callable[[str], Made]) -> None:
     engine, _, tokenizer = made("llama")
     text = " ".join(TEXTS)[:100]

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import math
 import random
+import weakref
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
@@ -21,6 +23,8 @@ from traceserve_runtime.engine import Engine, Pending, Work, load_task
 from traceserve_runtime.errors import ModelFailure, TraceserveError
 from traceserve_runtime.generation import loop
 from traceserve_runtime.generation.steps import IN_PARTS, LEAST_PART, DecoderFeed
+from traceserve_runtime.protocols.bodies import Headers
+from traceserve_runtime.service import Call, Service
 from traceserve_runtime.tasks import TASKS
 from traceserve_runtime.tasks.contract import Answer, Request
 
@@ -160,6 +164,25 @@ def test_others_join_when_all_have_left(architecture: str, engine_of: Make) -> N
     [stays] = work.join([request], [None])
     finish(work)
     assert value_of(stays.answer()) == alone
+
+
+def test_nothing_is_kept_of_texts_whose_clients_have_all_left(engine_of: Make) -> None:
+    service = Service(engine_of("llama", "torchscript"), "loop")
+    body = {"text": TEXTS[0], "parameters": {"max_new_tokens": 9}}
+    call = Call({"body": body}, Headers("application/json"))
+    [alone] = service.answer([call])
+    session = service.session(Stats())
+    exchanges = session.join([call, call], [None, None])
+    session.turn()
+    kept = [weakref.ref(member) for each in exchanges for pending in each.pending for member in pending.members]
+    for each in exchanges:
+        session.leave(each)
+    gc.collect()
+    assert len(kept) == 2 and not any(member() for member in kept)
+    [joins] = session.join([call], [None])
+    while session.busy:
+        session.turn()
+    assert joins.reply == alone
 
 
 class Around:

@@ -223,6 +223,25 @@ def test_the_choices_of_a_prompt_draw_with_their_own_seeds(services: Dict[str, S
         assert texts[i] == ask(service, "", {"text": prompt, "parameters": parameters})[0]["generated_text"]
 
 
+@pytest.mark.parametrize("sampled", [{"do_sample": True}, {"do_sample": False, "seed": 7}])
+def test_the_choices_of_a_prompt_draw_with_the_archives_seed(
+    services: Dict[str, Service], sampled: Dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    service = services["text_generation"]
+    body = {"prompt": PROMPT, "n": 3, "max_tokens": 8}
+    alone = {"max_new_tokens": 8, "return_full_text": False}
+    for name, value in {"seed": 7, "top_k": 0, **sampled}.items():
+        monkeypatch.setitem(service.engine.manifest.parameters, name, value)  # type: ignore[arg-type]
+    for asked_for in ({}, {"temperature": 2.0}):
+        texts = [choice["text"] for choice in ask(service, "v1/completions", {**body, **asked_for})["choices"]]
+        draws = bool(sampled["do_sample"] or asked_for)
+        wanted = [{**asked_for, "seed": 7 + i} if draws else {} for i in range(3)]
+        for text, own in zip(texts, wanted):
+            native = {"text": PROMPT, "parameters": {**alone, **own}}
+            assert text == ask(service, "", native)[0]["generated_text"]
+        assert len(set(texts)) == (3 if draws else 1)
+
+
 def test_token_ids_are_read_as_the_text_that_they_say(services: Dict[str, Service]) -> None:
     service = services["feature_extraction"]
     ids = service.engine.task.tokenizer.token_ids(TEXT)
@@ -524,6 +543,38 @@ def test_a_stream_of_hugging_face_has_no_beams(services: Dict[str, Service], mon
     assert error.startswith("parameters.num_beams: beams are not streamed")
 
 
+def test_log_probabilities_where_an_archive_samples(translator: Service, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It samples unless a request says otherwise, whose text then has no beams."""
+    for name, value in {"do_sample": True, "seed": 3}.items():
+        monkeypatch.setitem(translator.engine.manifest.parameters, name, value)  # type: ignore[arg-type]
+    body = {"prompt": TEXT, "max_tokens": 6, "logprobs": 1}
+    for asked_for, own in (({}, {}), ({"temperature": 0}, {"do_sample": False, "num_beams": 1})):
+        [choice] = ask(translator, "v1/completions", {**body, **asked_for})["choices"]
+        native = {"text": TEXT, "parameters": {"max_new_tokens": 6, **own}}
+        assert choice["text"] == ask(translator, "", native)["generated_text"] and choice["logprobs"]["tokens"]
+
+
+@pytest.mark.parametrize("own", [{"temperature": 0}, {"do_sample": False}])
+def test_a_stream_of_hugging_face_has_no_beams_where_it_does_not_sample(
+    services: Dict[str, Service], own: Dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    service = services["text_generation"]
+    body = {"inputs": PROMPT, "parameters": {"max_new_tokens": 6}, "stream": True}
+    wanted, _ = stream(service, "hf", body)
+    monkeypatch.setitem(service.engine.manifest.parameters, "num_beams", 3)
+    monkeypatch.setitem(service.engine.manifest.parameters, "do_sample", True)
+    found, _ = stream(service, "hf", {**body, "parameters": {"max_new_tokens": 6, **own}})
+    assert found == wanted
+    sampled, _ = stream(service, "hf", {**body, "parameters": {"max_new_tokens": 6, "seed": 3}})
+    monkeypatch.setitem(service.engine.manifest.parameters, "seed", 3)
+    unasked, _ = stream(service, "hf", body)
+    assert texts_of_events(unasked) == texts_of_events(sampled) != texts_of_events(wanted)
+
+
+def texts_of_events(text: str) -> List[str]:
+    return [event["token"]["text"] for event in events(text)]
+
+
 @pytest.mark.parametrize("truncation", ["longest_first", "only_first"])
 def test_hugging_faces_client_may_have_long_texts_truncated(translator: Service, truncation: str) -> None:
     def asking(**parameters: Any) -> Any:
@@ -600,6 +651,45 @@ def test_openais_texts_end_before_a_stop_string_of_the_archive(
     assert ask(service, "v1/completions", body)["choices"] == expected
     text, _ = stream(service, "v1/completions", {**body, "stream": True})
     assert "".join(event["choices"][0]["text"] for event in events(text)) == expected[0]["text"]
+
+
+WHOLE: Mapping[str, Tuple[str, Any]] = {
+    "completion": ("v1/completions", {"prompt": PROMPT, "stream": False}),
+    "completions": ("v1/completions", {"prompt": PROMPT, "n": 2}),
+    "chat": ("v1/chat/completions", {"messages": CHAT}),
+    "hub": ("hf", {"inputs": PROMPT}),
+    "hub, false": ("hf", {"inputs": PROMPT, "stream": False}),
+    "list": ("", [PROMPT]),
+    "instances": ("", {"instances": [PROMPT]}),
+    "inputs": ("", {"inputs": [PROMPT], "parameters": {"top_n_tokens": 0}}),
+    "tensor": ("", {"inputs": [{"name": "text", "shape": [1], "datatype": "BYTES", "data": [PROMPT]}]}),
+}
+
+
+@pytest.mark.parametrize("kind", WHOLE)
+def test_what_cannot_be_streamed_is_answered_whole_where_the_archive_streams(
+    services: Dict[str, Service], kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    service, (path, body) = services["text_generation"], WHOLE[kind]
+    monkeypatch.setitem(service.engine.manifest.parameters, "max_new_tokens", 5)
+
+    def answer() -> Any:
+        found = ask(service, path, body)
+        return found.get("choices", found) if isinstance(found, dict) else found
+
+    wanted = answer()
+    monkeypatch.setitem(service.engine.manifest.parameters, "stream", True)
+    assert answer() == wanted
+    pieces, reply = stream(service, "", {"text": PROMPT})
+    assert reply.content_type.startswith("text/plain") and pieces
+
+
+def test_an_item_that_asks_for_a_stream_is_refused_where_the_archive_streams(
+    services: Dict[str, Service], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(services["text_generation"].engine.manifest.parameters, "stream", True)
+    body = [PROMPT, {"text": TEXT, "parameters": {"stream": True}}]
+    assert ask(services["text_generation"], "", body, 400)["error"]["field"] == "parameters.stream"
 
 
 @pytest.mark.parametrize("streamed", [False, True])

@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import json
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import count
 from typing import Callable, Dict, List, Mapping, Optional, Sequence, Tuple, Union
@@ -112,10 +112,7 @@ class Service:
             raise NotOffered(call.headers.refused)
         body = protocol.read(call.parts, call.headers, self.served, index)
         if isinstance(body, Body) and not body.streamable and any(map(self.engine.task.streams, body.requests)):
-            raise InvalidRequest(
-                "a stream is plain text: send its request alone, not in a list and not in KServe's protocols",
-                "parameters.stream",
-            )
+            return _whole(body)
         return body
 
     def reply_to(self, exchange: Exchange, result: _Result, stats: Stats) -> Reply:
@@ -152,6 +149,19 @@ class Service:
         except Exception as another:  # the edge of one request: not even its error fits its own format
             failures.log([failures.unexpected(another, "it wrote this error")])
             return Reply(_encoded(error.to_json()), status=error.status, phrase=error.phrase)
+
+
+def _whole(body: Body) -> Body:
+    """Return a body that cannot be streamed, for whole answers whatever the archive's default; raises InvalidRequest where it
+    asks for a stream itself."""
+    if any(request.parameters.get("stream") for request in body.requests):
+        raise InvalidRequest(
+            "a stream is plain text: send its request alone, not in a list and not in KServe's protocols",
+            "parameters.stream",
+        )
+    return replace(
+        body, requests=[replace(each, parameters={**each.parameters, "stream": False}) for each in body.requests]
+    )
 
 
 def _truncated(unseen: Mapping[int, Mapping[str, Tuple[int, int]]]) -> Dict[str, str]:
@@ -321,6 +331,8 @@ class Session:
         for pending in exchange.pending:
             self._work.leave(pending)
         exchange.release()
+        if not self._live:  # no turn follows, in which the work would drop what it holds of those who left
+            self._work = self._opened()
 
     def _result(self, exchange: Exchange) -> _Result:
         return exchange.result(self._service.served, self._service.engine.task, self._stats)

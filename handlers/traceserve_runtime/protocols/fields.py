@@ -154,10 +154,11 @@ def pooled(served: Served) -> Dict[str, object]:
     return {"pooling": "mean"} if served.manifest.parameters.get("pooling", "none") == "none" else {}
 
 
-def without_beams(served: Served) -> Dict[str, object]:
-    """Return what an archive whose texts are searched with beams needs, to tell of each token of a text."""
-    own = served.manifest.parameters
-    return {"num_beams": 1} if own.get("num_beams", 1) > 1 and not own.get("do_sample") else {}
+def without_beams(parameters: Mapping[str, object], served: Served) -> Dict[str, object]:
+    """Return a request's parameters as an archive whose texts are searched with beams needs them, to tell of each token."""
+    # Beside an archive's do_sample a num_beams would end the sampling.
+    beams = served.manifest.parameters.get("num_beams", 1) > 1 and not served.task.samples(parameters, served.manifest)
+    return {**({"num_beams": 1} if beams else {}), **parameters}
 
 
 def classifies(served: Served) -> bool:

@@ -74,7 +74,8 @@ class HuggingFace:
         if served.task.loop and served.task.has_parameter("return_full_text"):
             parameters.setdefault("return_full_text", False)
         if streams:
-            parameters = {**_streamed(parameters, served), "stream": True, "details": True}
+            _check_streamed(parameters)
+            parameters = {**parameters, "stream": True, "details": True}
         parameters = {**_defaults(served), **parameters}
         body = parse_value({"inputs": inputs, "parameters": parameters}, served.task, group, served.manifest.max_rows)
         answers = _OLD_ANSWERS if _OLD_CLIENT in headers.client else _ANSWERS
@@ -82,6 +83,8 @@ class HuggingFace:
         cleans = bool(clean) and not _cleaned_already(served)
         form = _Answers(_is_list(body), answers.get(served.task.name, _unchanged), cleans)
         requests = [replace(request, continues=True, clean_up=clean is not False) for request in body.requests]
+        if streams:
+            requests = [replace(each, parameters=without_beams(each.parameters, served)) for each in requests]
         frames = _Tokens(_returned_prompt(requests[0])) if streams and body.streamable else None
         return replace(body, requests=requests, protocol=form, frames=frames)
 
@@ -127,9 +130,9 @@ def _given(value: Mapping[str, object]) -> Dict[str, Any]:
     return {**more, **given}
 
 
-def _streamed(parameters: Mapping[str, object], served: Served) -> Dict[str, object]:
-    """Return a stream's parameters: each event tells of one token, which beams do not know before the end, and of no others
-    at its position, whose texts are made at the end."""
+def _check_streamed(parameters: Mapping[str, object]) -> None:
+    """Raise InvalidRequest for a stream's parameters: each event tells of one token, which beams do not know before the end,
+    and of no others at its position, whose texts are made at the end."""
     beams = parameters.get("num_beams", 1)
     if isinstance(beams, int) and beams > 1:
         raise InvalidRequest(
@@ -140,7 +143,6 @@ def _streamed(parameters: Mapping[str, object], served: Served) -> Dict[str, obj
             "the likeliest tokens are not streamed; leave top_n_tokens out, or ask without a stream",
             "parameters.top_n_tokens",
         )
-    return {**without_beams(served), **parameters}
 
 
 def _returned_prompt(request: Request) -> str:

@@ -339,6 +339,11 @@ class Task:
         """Return whether this request's answer is streamed."""
         return False
 
+    @classmethod
+    def samples(cls, parameters: Mapping[str, Any], manifest: Manifest) -> bool:
+        """Return whether a request with these parameters draws its text's tokens at random."""
+        return False
+
     def repeatable(self, request: Request) -> bool:
         """Return whether the original must give the same answer."""
         return True

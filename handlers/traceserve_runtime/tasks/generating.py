@@ -160,14 +160,18 @@ class Generating(Task):
                 "parameters.details",
             )
 
-    def _samples(self, request: Request) -> bool:
-        if self.parameter(request, "temperature") < _COLD:
+    @classmethod
+    def samples(cls, parameters: Mapping[str, Any], manifest: Manifest) -> bool:
+        if {**manifest.parameters, **parameters}.get("temperature", 1.0) < _COLD:
             return False
-        if "do_sample" in request.parameters:
-            return bool(request.parameters["do_sample"])
-        if any(name in request.parameters for name in SAMPLING):
+        if "do_sample" in parameters:
+            return bool(parameters["do_sample"])
+        if any(name in parameters for name in SAMPLING):
             return True
-        return bool(self.parameter(request, "do_sample")) and "num_beams" not in request.parameters
+        return bool(manifest.parameters.get("do_sample")) and "num_beams" not in parameters
+
+    def _samples(self, request: Request) -> bool:
+        return self.samples(request.parameters, self.manifest)
 
     @property
     def counted_prefix(self) -> int:

@@ -58,11 +58,7 @@ class TextGeneration(Generating):
 
     def segments(self, request: Request) -> List[Segments]:
         self.check_parameters(request)
-        wanted = request.parameters.get("max_new_tokens")
-        if wanted is None:  # a truncated prompt leaves room for a text; one that fits is continued as far as possible
-            cuts = self.long_inputs(request) == "truncate"
-            most = self.parameter(request, "max_new_tokens") or 256
-            wanted = min(most, self.manifest.max_length // 2) if cuts else 1
+        wanted = self._wanted(request)
         limit = min(self.manifest.max_length - wanted, self._most_read(request) or self.manifest.max_length)
         if limit < 1:
             raise InputTooLong(
@@ -166,6 +162,17 @@ class TextGeneration(Generating):
                 'a prompt is either truncated or rejected; send "truncate" or "long_inputs": "reject"',
                 "parameters.truncate",
             )
+
+    def _wanted(self, request: Request) -> int:
+        """Return for how many new tokens the prompt leaves room: those that are asked for. Else a truncated prompt leaves room
+        for a text, unless it is known how much of it is read; any other one is continued as far as possible."""
+        wanted: Optional[int] = request.parameters.get("max_new_tokens")
+        if wanted is not None:
+            return wanted
+        longest = self.manifest.max_length
+        if self.long_inputs(request) != "truncate" or (self._most_read(request) or longest) < longest:
+            return 1
+        return min(self.parameter(request, "max_new_tokens") or 256, longest // 2)
 
     def _most_read(self, request: Request) -> Optional[int]:
         """Return how many tokens of the prompt are read at most; None: all. A request that has long prompts rejected has not

@@ -123,7 +123,7 @@ class _Writing(OpenAiErrors):
         choices = Choices(_count(value), stops, self._logprobs(value))
         if choices.logprobs is not None:
             details = {"details": True, "top_n_tokens": choices.logprobs}
-            parameters = {**without_beams(served), **parameters, **details}
+            parameters = {**without_beams(parameters, served), **details}
         if boolean(value, "stream"):
             return self._streamed(value, prompts, parameters, choices, served, group)
         count, most = len(prompts) * choices.of_each, served.manifest.max_rows
@@ -131,7 +131,7 @@ class _Writing(OpenAiErrors):
             message = f"the request asks for {count:,} texts; one request may have {most:,}; send several"
             raise InputTooLong(message, "prompt" if choices.of_each == 1 else "n")
         requests = [
-            Request(fields, self._of_choice(parameters, i), group, where, continues=True)
+            Request(fields, self._of_choice(parameters, served, i), group, where, continues=True)
             for fields, where in prompts
             for i in range(choices.of_each)
         ]
@@ -162,10 +162,13 @@ class _Writing(OpenAiErrors):
         return Body([request], self._form(value, choices, served), frames)
 
     @staticmethod
-    def _of_choice(parameters: Mapping[str, Any], number: int) -> Dict[str, Any]:
+    def _of_choice(parameters: Mapping[str, Any], served: Served, number: int) -> Dict[str, Any]:
         """Give each choice its own seed."""
-        seed = parameters.get("seed")
-        return dict(parameters) if seed is None else {**parameters, "seed": (seed + number) % 2**32}
+        seed = {**served.manifest.parameters, **parameters}.get("seed")
+        # In a request that does not sample, the archive's seed would ask for it.
+        if seed is None or not served.task.samples(parameters, served.manifest):
+            return dict(parameters)
+        return {**parameters, "seed": (seed + number) % 2**32}
 
     def _names(self, value: Mapping[str, object]) -> Dict[str, str]:
         own = {"details": "logprobs", "top_n_tokens": "top_logprobs", "num_beams": "n"}
