@@ -377,6 +377,18 @@ def test_a_token_of_every_text_that_the_model_lacks_is_refused(
     assert f"the tokenizer's {token}" in raised.value.message
 
 
+def test_a_tokenizer_that_fails_at_unknown_words_is_refused(checkpoint: Make, tmp_path: Path) -> None:
+    """Transformers fails at such a text, and so would a worker."""
+    folder = Path(shutil.copytree(checkpoint("bert"), tmp_path / "closed"))
+    closed = Tokenizer(models.Unigram([("a", -1.0), ("b", -2.0)]))
+    transformers.PreTrainedTokenizerFast(tokenizer_object=closed, pad_token="b").save_pretrained(folder)
+    said = (
+        "closed has no unknown token, and fails at texts with words that .*unk_id. is missing.*; give it an unk_token"
+    )
+    with pytest.raises(ExportError, match=said):
+        original(folder)
+
+
 def test_another_models_tokenizer_is_refused(checkpoint: Make, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(checkpoint("bert"), tmp_path / "other"))
     for file in checkpoint("roberta").glob("tokenizer*"):

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any, Callable, Dict, List, Set
+from typing import Any, Callable, Dict, List, Set, Tuple
 
 import pytest
 from conftest import run_export
 from traceserve import cli
-from traceserve.building.config import choosing
+from traceserve.building.config import choosing, dtypes
 from traceserve.building.config.parsing import parse_config
 from traceserve.building.config.setup_config import SetupConfig
 from traceserve.building.gate import verification
 from traceserve.errors import ConfigError
 from traceserve_runtime import processor
+from traceserve_runtime.tasks import TASKS
 
 LABELS = {"id2label": {0: "red", 1: "green"}, "label2id": {"red": 0, "green": 1}}
 ALL = {"openvino", "nncf"}
@@ -70,6 +71,8 @@ def test_the_processor_and_the_packages_decide(
     [
         ({"task": "text_generation"}, "torchscript", "text_generation stays in float32, unless"),
         ({"task": "text_generation", "dtype": "int8"}, "openvino", "only its loops have int8 weights"),
+        ({"task": "token_classification"}, "torchscript", "token_classification is not rounded to int8, unless"),
+        ({"task": "token_classification", "dtype": "int8"}, "openvino", "this processor has avx512_vnni"),
         ({"hardware": "gpu"}, "torchscript", "openvino runs on cpu, not on gpu"),
         ({"hardware": "neuron"}, "torchscript", "openvino runs on cpu, not on neuron"),
         ({"dtype": "float32"}, "torchscript", "openvino is faster in int8, not in float32"),
@@ -89,6 +92,16 @@ def test_int8_asked_for_on_a_processor_with_bfloat16(machine: Callable[..., None
     machine(BF16)
     choice = choosing.choose(config(dtype="int8"))
     assert choice == ("openvino", "openvino and nncf are installed, and this processor has avx512_vnni")
+
+
+@pytest.mark.parametrize(
+    "task, tried",
+    [("sequence_classification", ("int8", "float32")), ("token_classification", ("float32",))],
+)
+def test_openvinos_own_choice(machine: Callable[..., None], task: str, tried: Tuple[str, ...]) -> None:
+    pytest.importorskip("nncf")
+    machine(VNNI)
+    assert dtypes.fastest_in_openvino(TASKS[task], "cpu") == tried
 
 
 def test_int8_weights_need_no_processor_of_their_own(machine: Callable[..., None]) -> None:

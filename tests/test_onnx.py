@@ -502,6 +502,18 @@ def test_a_model_that_cannot_be_exported_is_told(
         run_export(tmp_path / "x", content(checkpoint))
 
 
+def test_the_exporter_writes_no_graph_to_standard_output(
+    checkpoint: Callable[..., Path], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """torch writes all of it where it fails, and half a kilobyte of it into its error."""
+    model = checkpoint("longformer", num_hidden_layers=1)
+    settings = {"model_name": str(model), "task": "sequence_classification", "save_mode": "onnx", "max_length": 32}
+    capfd.readouterr()
+    with pytest.raises(ExportError, match="cannot export LongformerForSequenceClassification: ") as caught:
+        run_export(tmp_path / "x", settings)
+    assert "graph(" not in capfd.readouterr().out and len(str(caught.value)) < 400
+
+
 @pytest.mark.parametrize(
     ("runtime", "words"),
     [

@@ -17,6 +17,7 @@ from test_architecture import OWN, ROOT, TORCH_INTERNALS
 from traceserve.building.gate import verification
 from traceserve.building.gate.texts import SENTENCES
 from traceserve.building.writers.torchscript import other_device
+from traceserve.building.writers.tracing.torch_internals import quiet_onnx_export
 from traceserve.errors import ExportError
 from traceserve_runtime import processor
 from traceserve_runtime.engine import Engine
@@ -248,7 +249,10 @@ def test_what_an_operator_takes_is_read_as_torch_reads_it() -> None:
 PASSES = ["torch._C._jit_pass_inline", "torch._C._jit_pass_cse", "torch._C.parse_ir", "torch._C.Graph.copy"]
 
 
-@pytest.mark.parametrize("name", sorted(BUILDER - set(REFUSED)) + PASSES)
+OF_ONNX = "torch._C._jit_onnx_log"  # no graph is rewritten with it
+
+
+@pytest.mark.parametrize("name", sorted(BUILDER - {*REFUSED, OF_ONNX}) + PASSES)
 def test_a_model_is_built_without(
     name: str, checkpoint: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -260,6 +264,14 @@ def test_a_model_is_built_without(
     assert exported.manifest.runtime[UNPADDED] is False and exported.manifest.receipt["passed"]
     assert "cannot rewrite graphs" in str(exported.note) and "the same answers" in str(exported.note)
     assert outputs(tmp_path / "x")
+
+
+def test_an_onnx_export_needs_no_name_to_be_quiet(monkeypatch: pytest.MonkeyPatch) -> None:
+    with quiet_onnx_export():
+        assert torch._C._jit_onnx_log("unheard") is None
+    remove(monkeypatch, OF_ONNX)
+    with quiet_onnx_export():
+        assert not hasattr(torch._C, "_jit_onnx_log")
 
 
 @pytest.mark.parametrize(

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 _SENTENCEPIECE = ("*.model", "*.spm")
+_SURELY_UNKNOWN = "\U000130c0"  # an Egyptian hieroglyph
 _READERS = {"sentencepiece": "sentencepiece", "protobuf": "google.protobuf"}  # package -> module
 
 
@@ -50,11 +51,26 @@ def load_tokenizer(config: SetupConfig, checkpoint: Checkpoint) -> PreTrainedTok
             f"{config.model_name} has no fast tokenizer ({type(tokenizer).__name__} runs in Python only), and the worker "
             "has the tokenizers package only; convert it to a tokenizer.json first"
         )
+    _check_reads_all(config, tokenizer)
     gguf.check_tokenizer(checkpoint, tokenizer)
     if not in_file:  # transformers 5 makes an empty tokenizer instead
         _check_present(config, checkpoint)
     tokenizer.model_max_length = _longest(tokenizer.model_max_length)
     return tokenizer
+
+
+def _check_reads_all(config: SetupConfig, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raise ExportError for a tokenizer that fails at a text with something that is not in its vocabulary."""
+    fast = getattr(tokenizer, "backend_tokenizer", None)
+    if fast is None:  # it is converted later
+        return
+    try:
+        fast.encode(_SURELY_UNKNOWN)
+    except Exception as error:  # the tokenizers package raises no other kind
+        raise ExportError(
+            f"the tokenizer of {config.model_name} has no unknown token, and fails at texts with words that are not in its "
+            f"vocabulary ({first_line(error)}); give it an unk_token"
+        ) from error
 
 
 def _check_present(config: SetupConfig, checkpoint: Checkpoint) -> None:

@@ -15,6 +15,7 @@ import torch
 from traceserve_runtime.runtimes.positions import PAST, PRESENT
 
 from traceserve.building.checkpoints.original import Original
+from traceserve.building.writers.tracing import torch_internals
 from traceserve.building.writers.tracing.loops import traced_loop
 from traceserve.building.writers.tracing.wrapping import example, once, tracing_of
 
@@ -79,7 +80,8 @@ def export_graph(graph: OnnxGraph, original: Original, opset: int, scratch: Path
     known = inspect.signature(torch.onnx.export).parameters
     options: Dict[str, Any] = {"dynamo": False} if "dynamo" in known else {}  # since torch 2.1
     file = scratch / "exported.onnx"
-    with tracing_of(original, "torch.onnx.export cannot export"), _attention(original.model, eager):
+    act = "torch.onnx.export cannot export"
+    with tracing_of(original, act), _attention(original.model, eager), torch_internals.quiet_onnx_export():
         torch.onnx.export(
             graph.module.eval(),
             graph.example,

@@ -7,12 +7,15 @@ names of torch; a test removes each of them, and builds and queries a model agai
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
-from typing import Any, Callable, List, Mapping, Optional, Sequence
+from typing import Any, Callable, Iterator, List, Mapping, Optional, Sequence
 
 import torch
 from traceserve_runtime.runtimes import torch_internals
 from traceserve_runtime.runtimes.graph import Graph, Traced
+
+from traceserve.building.writers.tracing.replacing import replaced
 
 # Graphs without padding
 
@@ -43,6 +46,20 @@ def run(graph: Graph, module: Traced, inputs: Sequence[torch.Tensor]) -> List[to
     function: Any = torch._C._create_function_from_graph("seen", made)
     results: List[torch.Tensor] = function(script._c, *inputs)
     return results
+
+
+# ONNX
+
+
+@contextlib.contextmanager
+def quiet_onnx_export() -> Iterator[None]:
+    """Keep torch.onnx.export from writing its graph to standard output where it fails, as torch 2.13 does.
+
+    Without the name the graph is written, a megabyte for a large model.
+    """
+    unheard = {"_jit_onnx_log": lambda *words: None} if hasattr(torch._C, "_jit_onnx_log") else {}
+    with replaced(torch._C, **unheard):
+        yield
 
 
 # Products of int8

@@ -61,6 +61,9 @@ def as_traced(model: torch.nn.Module) -> Iterator[None]:
         yield
 
 
+_PLACE_IN_GRAPH = "[Caused by the value"  # in errors of torch.onnx.export: half a kilobyte of the graph follows
+
+
 @contextlib.contextmanager
 def tracing_of(original: Original, act: str = "torch.jit.trace cannot trace") -> Iterator[None]:
     """Let the original be traced; raises UnwritableError with its own reason if it cannot be, which begins with `act`."""
@@ -70,7 +73,8 @@ def tracing_of(original: Original, act: str = "torch.jit.trace cannot trace") ->
     except (ExportError, NoSpace):
         raise
     except TRACING_ERRORS as error:
-        raise UnwritableError(f"{act} {type(original.model).__name__}: {reason(error)}") from error
+        said = reason(error).partition(_PLACE_IN_GRAPH)[0].rstrip()
+        raise UnwritableError(f"{act} {type(original.model).__name__}: {said}") from error
 
 
 @contextlib.contextmanager
