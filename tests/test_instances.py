@@ -197,7 +197,7 @@ def test_what_torchserve_cannot_scale_is_refused(mar: Path) -> None:
     with pytest.raises(
         ServerError, match="^torchserve keeps the number of workers; --most-workers, --ongoing and --gpus are"
     ):
-        server.start([mar], scaling=Scaling(most=2))
+        server.start([mar], port=configuration.free_ports(1)[0], scaling=Scaling(most=2))
     assert os.listdir(tempfile.gettempdir()) == []
 
 
