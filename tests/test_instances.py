@@ -187,7 +187,8 @@ def test_a_server_that_does_not_end_is_killed(processes: Any, monkeypatch: pytes
     monkeypatch.setattr(stopping, "_SECONDS_TO_FINISH", 0.5)
     code = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print('ready', flush=True); time.sleep(600)"
     processes.append(subprocess.Popen([sys.executable, "-S", "-c", code], stdout=subprocess.PIPE))
-    assert processes[0].stdout.readline() == b"ready\n"
+    with processes[0].stdout as said:
+        assert said.readline() == b"ready\n"
     process, began = psutil.Process(processes[0].pid), time.monotonic()
     stopping._end([process], at_once=False)
     assert not process.is_running() and time.monotonic() - began >= 0.5
