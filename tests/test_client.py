@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 import contextlib
+import json
+import os
 import re
+import ssl
+import subprocess
+import sys
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from typing import Any, Callable, Iterator
+from pathlib import Path
+from typing import Any, Callable, Iterator, Tuple
 
 import pytest
+import trustme
 from traceserve.errors import ServerError
 from traceserve.serving import client, configuration
 from traceserve.serving.client import Address
@@ -36,6 +43,32 @@ def answering(status: int, content: bytes) -> Iterator[str]:
         threading.Thread(target=server.serve_forever, args=(0.01,)).start()
         try:
             yield f"http://127.0.0.1:{server.server_address[1]}"
+        finally:
+            server.shutdown()
+
+
+@contextlib.contextmanager
+def secured(folder: Path, name: str) -> Iterator[Tuple[str, str]]:
+    """Yield the URL of a server with a certificate for this name, which answers the key that it is sent, and its file."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(json.dumps({"key": self.headers.get("Authorization")}).encode())
+
+        def log_message(self, format: str, *args: Any) -> None: ...
+
+    issued = trustme.CA().issue_cert(name)
+    issued.private_key_and_cert_chain_pem.write_to_path(str(folder / "pair.pem"))
+    issued.cert_chain_pems[0].write_to_path(str(folder / "certificate.pem"))
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(folder / "pair.pem")
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        server.socket = context.wrap_socket(server.socket, server_side=True)
+        threading.Thread(target=server.serve_forever, args=(0.01,)).start()
+        try:
+            yield f"https://127.0.0.1:{server.server_address[1]}", str(folder / "certificate.pem")
         finally:
             server.shutdown()
 
@@ -108,3 +141,62 @@ def test_an_answer_without_json(content: bytes) -> None:
         with pytest.raises(ServerError, match="/x gave no JSON"):
             client.get_document(Address(url), "x")
         assert client.exchange(Address(url)) == (200, content.decode())
+
+
+@pytest.mark.parametrize(
+    ("name", "any_name", "reached"), [("127.0.0.1", False, True), ("x.org", True, True), ("x.org", False, False)]
+)
+def test_a_certificate_is_for_a_name(name: str, any_name: bool, reached: bool, tmp_path: Path) -> None:
+    with secured(tmp_path, name) as (url, certificate):
+        address = Address(url, "secret", certificate, any_name)
+        if reached:
+            assert client.exchange(address) == (200, {"key": "Bearer secret"})
+        else:
+            with pytest.raises(client.NotYet, match="certificate verify failed"):
+                client.exchange(address)
+        (tmp_path / "other").mkdir()
+        with secured(tmp_path / "other", name) as (_, another), pytest.raises(client.NotYet, match="verify failed"):
+            client.exchange(Address(url, "secret", another))
+
+
+def test_no_proxy_stands_between(tmp_path: Path) -> None:
+    """It would see keys and texts; one that a company's machines have does not even reach this one's servers."""
+    with answering(200, b'{"label": "red"}') as url, secured(tmp_path, "x.org") as (safe, certificate):
+        code = (
+            "from traceserve.serving import client\n"
+            f"print(client.predict(client.Address({url!r}), 'x', {{}}))\n"
+            f"print(client.exchange(client.Address({safe!r}, None, {certificate!r})))\n"
+        )
+        dead = dict.fromkeys(("http_proxy", "https_proxy", "all_proxy"), "http://127.0.0.1:9")
+        own = {**os.environ, **dead, "no_proxy": "", "NO_PROXY": ""}
+        result = subprocess.run([sys.executable, "-c", code], env=own, capture_output=True, text=True)
+    assert result.stdout == "{'label': 'red'}\n(200, {'key': None})\n", result.stderr
+
+
+def test_a_character_in_two_pieces_of_a_stream_is_whole() -> None:
+    class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def do_POST(self) -> None:
+            self.rfile.read(int(self.headers["Content-Length"]))
+            self.send_response(200)
+            self.send_header("Transfer-Encoding", "chunked")
+            self.end_headers()
+            for piece in (b"gr\xc3", b"\xbc\xc3\x9fe"):
+                self.wfile.write(b"%x\r\n%s\r\n" % (len(piece), piece))
+                self.wfile.flush()
+                come.wait(5)
+            self.wfile.write(b"0\r\n\r\n")
+
+        def log_message(self, format: str, *args: Any) -> None: ...
+
+    come, found = threading.Event(), []  # type: ignore[var-annotated]
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, args=(0.01,)).start()
+        try:
+            for piece in client.stream(Address(f"http://127.0.0.1:{server.server_address[1]}"), "x", {}):
+                found.append(piece)
+                come.set()
+        finally:
+            server.shutdown()
+    assert found == ["gr", "üße"]

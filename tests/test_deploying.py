@@ -23,6 +23,7 @@ from typing import Any, Dict, Iterator, List, Sequence
 
 import pytest
 from conftest import ROOT
+from test_client import answering
 from traceserve import cli
 from traceserve.archives.contents import configure_archive, copy_archive, read_manifest, read_serving
 from traceserve.building.config.hardware import HARDWARE
@@ -35,6 +36,7 @@ from traceserve.deploying.targets import TARGETS, checked, docker
 from traceserve.errors import DeployError
 from traceserve.serving.configuration import free_ports
 from traceserve_runtime.manifest import sealed
+from traceserve_runtime.texts.limits import RequestLimits
 
 
 def deployed(target: str, mars: Sequence[Path], folder: Path, *options: str) -> Path:
@@ -291,6 +293,84 @@ def test_resources_are_of_what_tune_wrote(mar: Path, tmp_path: Path) -> None:
     }
 
 
+@pytest.mark.parametrize(
+    ("workers", "packed", "memory", "limit"),
+    [(1, None, "960Mi", "1472Mi"), (3, None, "1792Mi", "2688Mi"), (3, True, "1984Mi", "3008Mi")],
+)
+def test_workers_share_the_weights_unless_each_packs_its_own(
+    workers: int, packed: Any, memory: str, limit: str, mar: Path
+) -> None:
+    [own] = described.describe([mar])
+    serving = dataclasses.replace(own.serving, workers=workers, pack_weights=packed)
+    found = resources.needed([dataclasses.replace(own, unpacked=100 << 20, serving=serving)], "torchserve")
+    assert found.requests()["memory"] == memory and found.limits()["memory"] == limit
+    assert "cpu" not in found.limits()
+
+
+def test_every_archive_has_a_device_for_each_worker(mar: Path) -> None:
+    [own] = described.describe([mar])
+    manifest = dataclasses.replace(own.manifest, hardware="gpu")
+    both = [
+        dataclasses.replace(
+            own, name=f"n{count}", manifest=manifest, serving=dataclasses.replace(own.serving, workers=count)
+        )
+        for count in (2, 3)
+    ]
+    assert resources.needed(both, "torchserve").devices == {"nvidia.com/gpu": 5}
+
+
+def test_a_proxy_lets_the_largest_request_through(mar: Path) -> None:
+    [own] = described.describe([mar])
+    manifest = dataclasses.replace(own.manifest, max_length=32, max_rows=1)
+    largest = RequestLimits.of(32, 1).largest_body
+    assert 0 < (resources.largest_body([dataclasses.replace(own, manifest=manifest)]) << 20) - largest < 1 << 20
+
+
+def test_archives_of_one_image_are_alike(mar: Path) -> None:
+    [own] = described.describe([mar])
+    for what, changes in (("hardware", {"hardware": "gpu"}), ("torch", {"versions": {"torch": "1.13.1"}})):
+        other = dataclasses.replace(own, manifest=dataclasses.replace(own.manifest, **changes))  # type: ignore[arg-type]
+        with pytest.raises(DeployError, match=f"were built for different {what}"):
+            described._check_together([own, other])
+    torch = own.manifest.versions["torch"].partition("+")[0]
+    builds = [dataclasses.replace(own.manifest, versions={"torch": torch + build}) for build in ("", "+cpu", "+cu130")]
+    described._check_together([dataclasses.replace(own, manifest=manifest) for manifest in builds])
+
+
+def test_a_server_of_one_archive_is_not_given_two(mar: Path) -> None:
+    [own] = described.describe([mar])
+    both = [own, dataclasses.replace(own, name="other")]
+    assert engines.command("torchserve", both, "/a")[:3] == ["serve", "/a/tiny.mar", "/a/other.mar"]
+    with pytest.raises(DeployError, match="^uvicorn serves one archive, and 2 are given; deploy each by itself$"):
+        engines.command("uvicorn", both, "/a")
+
+
+def test_what_an_image_installs_is_pinned_as_the_index_has_it(mar: Path) -> None:
+    """Without the marks of builds; what torch needs is left to pip; and an extra's packages are among them."""
+    lines = packages.requirements(described.describe([mar]), ("fsspec[http]", "fsspec"))
+    names = [line.partition("==")[0] for line in lines]
+    assert not any("+" in line for line in lines) and len(names) == len(set(names))
+    assert "torch" in names and "sympy" not in names
+    assert any(name.startswith("aiohttp") for name in names)
+
+
+def test_an_image_has_no_compiled_files() -> None:
+    compiled = Path(packages.__file__).parent / "__pycache__"
+    assert list(compiled.glob("*.pyc"))
+    paths = [each.path for each in packages.program("app")]
+    assert "app/traceserve/deploying/packages.py" in paths and "app/transformer_handler.py" in paths
+    assert not [path for path in paths if path.endswith(".pyc")]
+
+
+def test_room_is_looked_for_before_a_deployment_is_written(
+    mar: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    free = shutil.disk_usage(tmp_path)._replace(free=1 << 20)
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: free)
+    assert "no space" in refused(capsys, "docker", str(mar), "--output", str(tmp_path / "out"))
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_the_tables_name_what_there_is() -> None:
     assert set(packages.PACKAGES_OF_SAVE_MODE) <= set(SAVE_MODES)
     assert set(packages.PACKAGES_OF_HARDWARE) | set(packages.INDEXES) | set(resources.KUBERNETES_RESOURCES) <= set(
@@ -386,6 +466,22 @@ def test_a_canary_finds_the_key_and_tells_a_failure_without_the_text(
     assert "401" in str(canary.main(ask))
     monkeypatch.setenv("TRACESERVE_KEY", "secret")
     assert canary.main(ask) is None
+
+
+@pytest.mark.parametrize(("content", "told"), [(b"{}", None), (b"<html>", "/predictions/tiny gave no answer: ")])
+def test_a_canary_asks_its_own_machine_alone_and_takes_only_an_answer(
+    content: bytes, told: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever proxy the environment names; a proxy's or a login's page is no answer of the model."""
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
+    for name in ("http_proxy", "HTTP_PROXY", "all_proxy"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")
+    monkeypatch.delenv("no_proxy", raising=False)
+    monkeypatch.delenv("NO_PROXY", raising=False)
+    (tmp_path / "canaries.json").write_text('{"/predictions/tiny": {"text": "zanzibar"}}')
+    with answering(200, content) as url:
+        found = canary.main([str(tmp_path / "canaries.json"), "--url", url])
+    assert found is None if told is None else str(found).startswith(told) and "zanzibar" not in str(found)
 
 
 def test_a_server_starts_on_the_archives_that_were_deployed_alone(tmp_path: Path) -> None:

@@ -17,8 +17,9 @@ from conftest import run_export
 from test_samples import piped
 from traceserve import cli
 from traceserve.archives.contents import unpack
+from traceserve.building.gate.findings import LIMITS
 from traceserve.checking import answering, comparing
-from traceserve.checking.answering import Told
+from traceserve.checking.answering import Answered, Told
 from traceserve.checking.comparing import AnswerChange, ArchiveComparison, FieldChange, Side
 from traceserve.checking.comparison_page import comparison_page
 from traceserve.commands.printing import answer_in_brief
@@ -268,3 +269,45 @@ def test_refused_requests_are_not_timed(tmp_path: Path, monkeypatch: pytest.Monk
     document = {"folder": "x", "requests": [[{"text": text}, {}] for text in texts]}
     (tmp_path / "asked.json").write_text(json.dumps(document))
     assert answering._answer_all(tmp_path / "asked.json")["p50_ms"] < 10
+
+
+@pytest.mark.parametrize(
+    ("drift", "equal"), [(1e-4, True), (1.1e-4, False), (float("inf"), False), (float("nan"), False)]
+)
+def test_scores_may_drift_up_to_the_limit(drift: float, equal: bool) -> None:
+    side = Side("x", 1, 1.0, 1.0, 1.0)
+    found = ArchiveComparison((side, side), "x", 1, False, (), (), (), 1, (), (), 0.0, drift, 1e-4)
+    assert found.equal is equal and found.document()["equal"] is equal
+
+
+def test_a_refusal_for_another_reason_is_a_changed_answer(artifact: Path) -> None:
+    task = load_task(artifact, Manifest.read(artifact))
+    too_long, invalid = Told(None, "InputTooLong"), Told(None, "InvalidRequest")
+    request = Request({"text": "x"}, {})
+    assert comparing._compared(task, [request], [too_long], [too_long]) == ([], [])
+    changed, drift = comparing._compared(task, [request], [too_long], [invalid])
+    assert changed == [AnswerChange(1, {"text": "x"}, "InputTooLong", "InvalidRequest")] and drift == []
+
+
+def test_refused_requests_are_no_throughput(tmp_path: Path) -> None:
+    answered = Answered([Told("x", None), Told(None, "InputTooLong")], 1.0, 2.0, 3.0)
+    assert comparing._side(tmp_path, answered).requests_per_second == 0.5
+
+
+def test_each_side_runs_by_itself_within_the_wider_limit_of_both(
+    mar: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With the threads that were asked for, whatever the environment says, and nothing of the folder where the user is."""
+    unpack(mar, tmp_path / "lower")
+    replace(Manifest.read(tmp_path / "lower"), dtype="bfloat16").write(tmp_path / "lower")
+    (tmp_path / "here").mkdir()
+    (tmp_path / "here" / "torch.py").write_text("raise ImportError('of the working directory')")
+    (tmp_path / "path").mkdir()
+    note = f"open({str(tmp_path / 'threads')!r}, 'a').write(os.environ['OMP_NUM_THREADS'] + ' ')"
+    (tmp_path / "path" / "sitecustomize.py").write_text(f"import os\n{note}\n")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path / "path"))
+    monkeypatch.setenv("OMP_NUM_THREADS", "7")
+    monkeypatch.chdir(tmp_path / "here")
+    found = comparing.compare_archives(mar, tmp_path / "lower", None, 1, lambda what, done, total: None)
+    assert found.limit == LIMITS["bfloat16"].difference > LIMITS["float32"].difference
+    assert (tmp_path / "threads").read_text().split() == ["1", "1"]

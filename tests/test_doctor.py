@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import platform
 import socket
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Dict, Iterator, List
 
+import psutil
 import pytest
 from packaging.requirements import Requirement
 from traceserve.checking import machine_here, packages_here
@@ -106,3 +109,18 @@ def test_folders(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     assert looked()[0].state == "warning" and looked()[0].advice == "advice"
     monkeypatch.setattr(machine_here.os, "access", lambda *_: False)
     assert looked() == [machine_here.MachineCheck("here", "error", f"{tmp_path} cannot be written", "advice")]
+
+
+@pytest.mark.parametrize(("version", "state"), [("3.9.18", "note"), ("3.10.0", "ok"), ("3.13.1", "ok")])
+def test_an_old_python_is_told(version: str, state: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(platform, "python_version", lambda: version)
+    monkeypatch.setattr(platform, "python_version_tuple", lambda: tuple(version.split(".")))
+    [found] = machine_here._python()
+    assert found.state == state and found.found.startswith(version)
+
+
+@pytest.mark.parametrize(("gigabytes", "state"), [(1.9, "warning"), (2.0, "ok")])
+def test_little_memory_is_told(gigabytes: float, state: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=int(gigabytes * (1 << 30))))
+    [found] = machine_here._memory()
+    assert found.state == state and found.found == f"{gigabytes:.1f} GB available"

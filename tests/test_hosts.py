@@ -42,6 +42,7 @@ from traceserve_runtime.manifest import Manifest, sha256
 from traceserve_runtime.protocols.bodies import Headers
 from traceserve_runtime.service import Call, Exchange, Service, Session
 from traceserve_runtime.tasks import TASKS
+from traceserve_runtime.texts.limits import RequestLimits
 
 TEXT = "The boat is small."
 JSON = {"content-type": "application/json"}
@@ -377,6 +378,37 @@ def test_large_bodies_together_are_limited(classifier: Service) -> None:
     assert run(asked()) == (200, 503, 200)
 
 
+def test_one_body_of_the_largest_size_has_room_and_no_larger_one(classifier: Service) -> None:
+    hosted = Hosted(classifier, Limits(largest_body=1000, all_bodies=10))
+    for size, status in ((1000, 200), (1001, 413)):
+        assert run(hosted.ask("/predictions/small", b"x" * size, content_type="text/plain")).status == status
+
+
+def test_where_the_queue_is_full_a_body_is_not_waited_for(classifier: Service) -> None:
+    slow = Slow(classifier)
+    hosted = Hosted(slow, Limits(queue=1), most=1)  # type: ignore[arg-type]
+
+    async def ask() -> Message:
+        asking = [asyncio.ensure_future(hosted.ask("/predictions/small", {"text": TEXT}))]
+        while not slow.asked:
+            await asyncio.sleep(0.01)
+        asking.append(asyncio.ensure_future(hosted.ask("/predictions/small", {"text": TEXT})))
+        while hosted.batcher.waiting < 1:
+            await asyncio.sleep(0.01)
+        sent: asyncio.Queue[Message] = asyncio.Queue()
+
+        async def never() -> Message:
+            raise AssertionError("the body was read")
+
+        scope = {"type": "http", "method": "POST", "path": "/predictions/small", "headers": []}
+        await hosted.application(scope, never, sent.put)
+        slow.let.set()
+        assert [answer.status for answer in await asyncio.gather(*asking)] == [200, 200]
+        return await sent.get()
+
+    assert run(ask())["status"] == 503
+
+
 @pytest.mark.parametrize("routed", [False, True])
 def test_bodies_that_do_not_come_leave_their_room_to_others(routed: bool, classifier: Service) -> None:
     """A connection that sends all but the last byte, and then nothing, would have others refused for as long as it stays."""
@@ -668,6 +700,28 @@ def test_all_who_ask_for_its_health_wait_for_one_canary(classifier: Service) -> 
     assert slow.asked == [1]
 
 
+def test_a_failure_is_looked_at_again_soon_and_an_answer_holds(
+    classifier: Service, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However seldom somebody wants a healthy process to be asked."""
+    monkeypatch.setattr(asgi, "_SECONDS_OF_HEALTH", 0.05)
+    paced = Paced(classifier, 0.0, fails=True)
+    hosted = Hosted(paced)  # type: ignore[arg-type]
+
+    async def ask() -> List[Optional[str]]:
+        found = [await hosted.application.unhealthy(600.0)]
+        paced._fails = False
+        found.append(await hosted.application.unhealthy(600.0))
+        for _ in range(2):
+            await asyncio.sleep(0.1)
+            found.append(await hosted.application.unhealthy(600.0))
+        return found
+
+    failed = "its sample was answered with 500"
+    assert run(ask()) == [failed, failed, None, None]
+    assert hosted.batches == [1, 1]
+
+
 @pytest.mark.parametrize("path", ["/live", "/v2/health/live"])
 def test_liveness_does_not_wait_in_the_queue(path: str, classifier: Service, monkeypatch: pytest.MonkeyPatch) -> None:
     """Kubernetes restarts a server whose liveness is late, so that all that waits is lost."""
@@ -757,6 +811,24 @@ def test_a_process_is_broken_where_its_queue_stands_still(
     assert ping.status == (503 if problem else 200)
 
 
+def test_an_idle_time_is_no_standstill(classifier: Service) -> None:
+    """A process that nobody asked for an hour works, as its first request after that does."""
+    slow = Slow(classifier)
+    hosted = Hosted(slow)  # type: ignore[arg-type]
+    hosted.batcher._moved = time.monotonic() - 3600
+
+    async def ask() -> Tuple[Optional[str], Answer]:
+        asking = asyncio.ensure_future(hosted.ask("/predictions/small", {"text": TEXT}))
+        while not slow.asked:
+            await asyncio.sleep(0.01)
+        problem = await hosted.application.broken(0.1)
+        slow.let.set()
+        return problem, await asking
+
+    problem, answer = run(ask())
+    assert problem is None and answer.status == 200
+
+
 def test_a_failing_model_without_a_queue_is_broken_at_once(classifier: Service) -> None:
     hosted = Hosted(Paced(classifier, 0.0, fails=True))  # type: ignore[arg-type]
     assert run(hosted.application.broken(5.0)) == "its sample was answered with 500"
@@ -840,6 +912,67 @@ def test_clients_that_have_gone_do_not_fill_the_queue(classifier: Service) -> No
 
     assert [answer.status for answer in run(ask())] == [200, 200]
     assert slow.asked == [1, 1]
+
+
+@pytest.mark.parametrize("delay", [0.0, 0.05])
+def test_after_a_batch_of_clients_that_have_all_gone_others_are_answered(delay: float, classifier: Service) -> None:
+    """They went before it was handed over."""
+    hosted = Hosted(classifier, delay=delay)
+
+    async def ask() -> Answer:
+        hosted.batcher.leave(hosted.batcher.ask(Call({"body": b'"x"'}, Headers("application/json"))))
+        await asyncio.sleep(0.2)
+        return await asyncio.wait_for(hosted.ask("/predictions/small", {"text": TEXT}), 10)
+
+    assert run(ask()).status == 200
+
+
+def test_a_server_that_ends_leaves_nothing_that_waits(classifier: Service) -> None:
+    slow = Slow(classifier)
+    hosted = Hosted(slow)  # type: ignore[arg-type]
+
+    async def ask() -> int:
+        asking = asyncio.ensure_future(leave(hosted, b'"x"', asyncio.Event()))
+        while not slow.asked:
+            await asyncio.sleep(0.01)
+        asking.cancel()
+        await asyncio.wait({asking})
+        await asyncio.sleep(0)
+        others = len(asyncio.all_tasks()) - 1
+        slow.let.set()
+        return others
+
+    assert asyncio.run(ask()) == 0
+
+
+@pytest.mark.parametrize("path", ["/predictions/small", "/"])
+def test_a_websocket_is_closed_and_a_servers_life_acknowledged(path: str, classifier: Service) -> None:
+    application = Hosted(classifier).application
+
+    async def told(kind: str, *received: str) -> List[str]:
+        waiting, sent = [{"type": each} for each in received], []
+
+        async def receive() -> Message:
+            return waiting.pop(0)
+
+        async def send(message: Message) -> None:
+            sent.append(message["type"])
+
+        await application({"type": kind, "path": path, "headers": []}, receive, send)
+        return sent
+
+    assert run(told("websocket", "websocket.connect")) == ["websocket.close"]
+    expected = ["lifespan.startup.complete", "lifespan.shutdown.complete"]
+    assert run(told("lifespan", "lifespan.startup", "lifespan.shutdown")) == expected
+
+
+@pytest.mark.parametrize(
+    ("root", "path", "whole"),
+    [("", "/v1/embeddings", "/v1/embeddings"), ("/a", "/a/ping", "/a/ping"), ("/a", "/ping", "/a/ping")],
+)
+def test_a_path_is_whole_wherever_an_application_is_mounted(root: str, path: str, whole: str) -> None:
+    """Newer servers leave the root in the path, older ones take it out."""
+    assert asgi.path_of({"root_path": root, "path": path}) == whole
 
 
 def test_an_answer_that_takes_too_long_is_given_up(classifier: Service) -> None:
@@ -1037,6 +1170,18 @@ def test_a_text_is_written_no_further_when_its_client_goes(services: Dict[str, S
     assert run(ask()) < 45
 
 
+def test_no_more_texts_are_written_together_than_a_batch_holds(services: Dict[str, Service]) -> None:
+    """Those that join would lengthen every turn of the others."""
+    hosted = Hosted(services["text_generation"], most=2)
+    body = {"text": "Once", "parameters": {"max_new_tokens": 20}}
+
+    async def ask() -> List[Answer]:
+        return list(await asyncio.gather(*(hosted.ask("/predictions/small", body) for _ in range(5))))
+
+    assert [answer.status for answer in run(ask())] == [200] * 5
+    assert max(hosted.batches) == 2
+
+
 # Rows that run once
 
 
@@ -1214,6 +1359,47 @@ def test_the_router_cancels_what_a_client_that_has_gone_asked(begun: bool) -> No
         return sent
 
     assert [message["type"] for message in run(ask())] == ["http.response.start"] * begun
+
+
+def test_what_an_application_does_for_messages_that_nobody_reads_ends() -> None:
+    async def ask() -> bool:
+        begun, ended = asyncio.Event(), asyncio.Event()
+
+        async def slow(scope: Scope, receive: Any, send: Any) -> None:
+            try:
+                await send({"type": "http.response.start", "status": 200, "headers": []})
+                begun.set()
+                await asyncio.sleep(600)
+            finally:
+                ended.set()
+
+        answer = messages(slow, {"type": "http"}, b"")
+        await answer.__anext__()
+        await begun.wait()
+        await answer.aclose()  # type: ignore[attr-defined]
+        await asyncio.wait_for(ended.wait(), 10)
+        return ended.is_set()
+
+    assert run(ask())
+
+
+@pytest.mark.parametrize(
+    "path", ["/predictions/colours", "/v1/models", "/v2/health/ready", "/v2/models/vectors", "/v2"]
+)
+def test_the_router_demands_the_key_before_anything_is_asked(path: str, several: Several) -> None:
+    several.router = Router({"colours": {"1.0": 1}, "vectors": {"1.0": 1}}, Limits(key="secret"), several._ask)
+
+    async def ask() -> List[int]:
+        return [(await several.ask(each)).status for each in (path, "/live", "/health")]
+
+    assert run(ask())[:2] == [401, 200]
+    assert several.asked == [("colours", "1.0"), ("vectors", "1.0")], "for the health alone"
+
+
+def test_the_only_name_need_not_be_named(several: Several) -> None:
+    several.router = Router({"vectors": {"1.0": 1}}, Limits(), several._ask)
+    assert run(several.ask("/v1/embeddings", {"input": TEXT})).status == 200
+    assert several.asked == [("vectors", "1.0")]
 
 
 @pytest.mark.parametrize(
@@ -1453,6 +1639,28 @@ def test_an_archive_that_is_exchanged_after_it_was_hashed_is_not_unpacked(
         fetching.fetch_archive(str(packed))
 
 
+def test_an_archive_is_known_by_its_digest_in_capitals_too(packed: Path) -> None:
+    for _ in range(2):  # unpacked now, and before
+        assert fetching.fetch_archive(str(packed), sha256(packed).upper()).name == sha256(packed)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="has no such locks")
+def test_who_comes_second_waits_for_who_unpacks(packed: Path, tmp_path: Path) -> None:
+    import fcntl
+
+    cache = tmp_path / "cache" / "traceserve" / "archives"
+    cache.mkdir(parents=True)
+    found: List[Path] = []
+    thread = threading.Thread(target=lambda: found.append(fetching.fetch_archive(str(packed))))
+    with (cache / f".{sha256(packed)}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        thread.start()
+        thread.join(1)
+        assert found == [] and not (cache / sha256(packed)).exists()
+    thread.join(30)
+    assert found == [cache / sha256(packed)]
+
+
 def test_another_archive_than_was_meant_is_refused(packed: Path) -> None:
     with pytest.raises(RuntimeError, match="it is another one, or damaged"):
         fetching.fetch_archive(str(packed), "0" * 64)
@@ -1565,13 +1773,14 @@ def test_a_process_of_its_own_fetches(packed: Path, monkeypatch: pytest.MonkeyPa
 SERVED = """
 import asyncio, json, os, sys
 from traceserve_hosts.loading import load_archive
-loaded = load_archive(sys.argv[1], name="other", version="3")
+loaded = load_archive(sys.argv[1], name="other", version="3", gpu=True)  # there is one, and the archive is for a processor
 import traceserve_runtime
 from traceserve_runtime.service import Call
 from traceserve_runtime.protocols.bodies import Headers
 [reply] = loaded.service.answer([Call({"body": b"The boat is small."}, Headers("text/plain"))])
 spins = [os.environ["OMP_WAIT_POLICY"], os.environ["GOMP_SPINCOUNT"]]
-print(json.dumps([traceserve_runtime.__file__, loaded.batch_size, loaded.service.served[:2], json.loads(reply.body), spins]))
+serving = [loaded.batch_size, loaded.batch_delay, loaded.timeout]
+print(json.dumps([traceserve_runtime.__file__, serving, loaded.service.served[:2], json.loads(reply.body), spins]))
 """
 
 
@@ -1579,9 +1788,9 @@ def test_an_archive_answers_with_its_own_code(packed: Path, classifier: Service)
     own = {**{name: each for name, each in os.environ.items() if name not in libraries.DEFAULTS}, "GOMP_SPINCOUNT": "3"}
     result = subprocess.run([sys.executable, "-c", SERVED, str(packed)], capture_output=True, text=True, env=own)
     assert result.returncode == 0, result.stderr
-    file, batch_size, served, answer, spins = json.loads(result.stdout.splitlines()[-1])
+    file, serving, served, answer, spins = json.loads(result.stdout.splitlines()[-1])
     assert Path(file).parents[1] == fetching.fetch_archive(str(packed))
-    assert batch_size > 1 and served == ["other", "3"]
+    assert serving == [64, 0.001, 300] and served == ["other", "3"]
     assert spins == ["PASSIVE", "3"]  # unless the user has set it
     assert answer["label"] == native(classifier, {"text": TEXT})["label"]
 
@@ -1600,3 +1809,31 @@ def test_a_runtime_of_a_folder_with_a_longer_name_is_another(tmp_path: Path, mon
     monkeypatch.setitem(sys.modules, "traceserve_runtime", present)  # type: ignore[arg-type]
     with pytest.raises(RuntimeError, match="another traceserve_runtime was imported"):
         loading.load_archive(str(own))
+
+
+def test_an_unpacked_archive_has_no_digest_to_compare(folders: Dict[str, Path]) -> None:
+    with pytest.raises(RuntimeError, match="is an unpacked archive, and only of a packed one"):
+        loading.load_archive(str(folders["sequence_classification"]), "0" * 64)
+
+
+def test_of_a_folder_with_two_archives_none_is_served(packed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in (web.DIGEST_VARIABLE, web.SIGNER_VARIABLE):
+        monkeypatch.delenv(name, raising=False)
+    packed.with_name("other.mar").write_bytes(packed.read_bytes())
+    with pytest.raises(RuntimeError, match="there is no archive at"):
+        web.loaded(str(packed.parent))
+
+
+def test_a_body_may_be_as_large_as_a_request_within_the_archives_limits(classifier: Service) -> None:
+    manifest = classifier.served.manifest
+    largest = RequestLimits.of(manifest.max_length, manifest.max_rows).largest_body
+    assert largest != Limits.largest_body
+    archive = loading.Loaded(classifier, 4, 0.0, 7.0)
+    assert web.application(archive)._limits == Limits(None, largest, timeout=7.0)
+    assert web.application(archive, 1000)._limits.largest_body == 1000
+
+
+def test_batch_transform_is_told_no_more_than_it_may_send() -> None:
+    for megabytes, most in ((99, 99), (1024, 100)):
+        container = sagemaker.Container(None, 4, megabytes)  # type: ignore[arg-type]
+        assert container._parameters()["MaxPayloadInMB"] == most

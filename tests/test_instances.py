@@ -3,22 +3,28 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 import subprocess
 import sys
 import tempfile
+import threading
 import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any, Iterator, List
+from typing import Any, Iterator, List, Optional
 
 import psutil
 import pytest
+from test_client import answering
 from traceserve import cli
 from traceserve.archives import staging
 from traceserve.errors import ServerError
-from traceserve.serving import configuration, instances, server
+from traceserve.serving import configuration, instances, server, stopping
 from traceserve.serving.engines import RAY
 from traceserve.serving.instances import Instance
+from traceserve.serving.log import load_failure, log_tail
+from traceserve.serving.plan import Scaling
 
 LOG = "2026-11-26 ERROR java.lang.OutOfMemoryError: Java heap space\n2026-11-26 INFO one more line\n"
 
@@ -111,6 +117,118 @@ def test_of_a_server_that_does_not_answer_in_time_a_warning_is_quoted(processes:
     instance.log.write_text(LOG.splitlines()[1])
     with pytest.raises(ServerError, match="within 0.3 s; `traceserve serve --timeout S` waits longer$"):
         server._wait_for_answer(instance, "tiny", {}, 0.3)
+
+
+def test_a_server_that_refuses_its_own_sample_is_not_asked_again(processes: Any) -> None:
+    with answering(422, b'{"error": {"message": "too long", "field": "text"}}') as url:
+        instance = remembered(processes, int(url.rpartition(":")[2]))
+        began = time.monotonic()
+        with pytest.raises(ServerError, match=r"^tiny does not answer its own sample: too long \(at text\)$"):
+            server._wait_for_answer(instance, "tiny", {}, 20.0)
+    assert time.monotonic() - began < 10
+
+
+def test_a_server_without_a_worker_is_asked_again(processes: Any) -> None:
+    """Also where it drops a request without a word, once nobody would wait for it any more."""
+    asked: List[float] = []
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            asked.append(time.monotonic())
+            if len(asked) == 2:
+                ended.wait(20)
+            self.send_response(503 if len(asked) == 1 else 200)
+            self.send_header("Content-Length", "2")
+            self.end_headers()
+            self.wfile.write(b"{}")
+
+        def log_message(self, format: str, *args: Any) -> None: ...
+
+    ended = threading.Event()
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as asked_server:
+        threading.Thread(target=asked_server.serve_forever, args=(0.01,)).start()
+        try:
+            server._wait_for_answer(
+                remembered(processes, asked_server.server_address[1]), "tiny", {}, 20.0, patience=0.5
+            )
+        finally:
+            ended.set()
+            asked_server.shutdown()
+    assert len(asked) == 3 and asked[1] - asked[0] < 0.5 <= asked[2] - asked[1]
+
+
+def test_what_another_version_remembered_is_passed_over(processes: Any) -> None:
+    """And what is no document at all: the other servers are found."""
+    instance = remembered(processes)
+    folder = Path(os.environ["XDG_STATE_HOME"]) / "traceserve" / "servers"
+    [own] = folder.iterdir()
+    later = {**json.loads(own.read_text()), "a_field_of_later": 1}
+    for name, content in (("a", '{"port"'), ("b", '{"port": 1}'), ("c", json.dumps(later)), ("d", "[]")):
+        (folder / f"{name}.json").write_text(content)
+    assert instances.running() == [instance] and instances.died() == []
+
+
+def test_an_interrupt_ends_the_waiting_of_a_stop_and_not_the_stop(
+    processes: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(process: psutil.Process) -> None:
+        raise KeyboardInterrupt
+
+    instance = remembered(processes)
+    monkeypatch.setattr(stopping, "_rest", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        instances.stop(instance)
+    assert instance.process is None and not Path(instance.folder).exists()
+    assert instances.running() == instances.died() == []
+
+
+def test_a_server_that_does_not_end_is_killed(processes: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And gets its time before that."""
+    monkeypatch.setattr(stopping, "_SECONDS_TO_FINISH", 0.5)
+    code = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print('ready', flush=True); time.sleep(600)"
+    processes.append(subprocess.Popen([sys.executable, "-S", "-c", code], stdout=subprocess.PIPE))
+    with processes[0].stdout as said:
+        assert said.readline() == b"ready\n"
+    process, began = psutil.Process(processes[0].pid), time.monotonic()
+    stopping._end([process], at_once=False)
+    assert not process.is_running() and time.monotonic() - began >= 0.5
+
+
+def test_what_torchserve_cannot_scale_is_refused(mar: Path) -> None:
+    with pytest.raises(
+        ServerError, match="^torchserve keeps the number of workers; --most-workers, --ongoing and --gpus are"
+    ):
+        server.start([mar], port=configuration.free_ports(1)[0], scaling=Scaling(most=2))
+    assert os.listdir(tempfile.gettempdir()) == []
+
+
+DIED = "2026-11-26T10:00:00,000 INFO  Backend worker process died.\n"
+RAISED = "2026-11-26T10:00:00,000 WARN  onnxruntime.capi.errors.NoSuchFile.LoadError: no model\n"
+
+
+@pytest.mark.parametrize(
+    ("log", "start", "reason"),
+    [
+        ("", 0, None),
+        ("2026 INFO Failed to load model tiny, exception no model \n", 0, "no model"),
+        ("2026 INFO Load model tiny cpu OOM, exception too large\n", 0, "too large"),
+        ("2026 INFO Failed to load model tiny, exception no model\n", 55, None),  # an earlier worker's
+        ("2026 INFO Failed to load model tiny, exception no model\n", 5000, "no model"),  # the log was rotated since
+        (DIED + RAISED, 0, "onnxruntime.capi.errors.NoSuchFile.LoadError: no model"),
+        (RAISED + DIED, 0, None),  # of something else; its own reason may still come
+        (DIED, 0, None),
+        (DIED * 2, 0, "its process died without a reason"),
+        ("x org.pytorch.serve.archive.model.ModelNotFoundException: no tiny\n", 0, "no tiny"),
+    ],
+)
+def test_why_a_worker_could_not_load_is_read_in_the_log(
+    log: str, start: int, reason: Optional[str], tmp_path: Path
+) -> None:
+    (tmp_path / "logs").mkdir()
+    (tmp_path / "logs" / "server.log").write_text(log)
+    assert load_failure(tmp_path / "logs" / "server.log", start) == reason
+    assert load_failure(tmp_path / "none.log") is None
+    assert log_tail(tmp_path) == (f": {log.strip().splitlines()[-1]}" if log else "")
 
 
 def test_a_server_of_another_machine_is_not_judged(processes: Any) -> None:

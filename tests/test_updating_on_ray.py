@@ -14,6 +14,7 @@ from typing import Any, Callable, Dict, List, cast
 
 import psutil
 import pytest
+from test_client import answering
 from test_instances import processes, remembered, state  # noqa: F401  (fixtures)
 from traceserve.checking.proof import Proof
 from traceserve.errors import ServerError
@@ -216,3 +217,39 @@ def test_a_cluster_that_has_ended_is_said_to(how: str, cluster: Instance) -> Non
     ask = ray_applications.cores_of_cluster if how.endswith("command") else ray_applications.applications_of
     with pytest.raises(ServerError, match="the server on port 18000 has ended; `traceserve status` says why"):
         ask(cluster)
+
+
+@pytest.mark.parametrize(
+    ("ray", "timeout", "words"),
+    [
+        ("raise ImportError('no such Ray')", 60, "^Ray Serve cannot serve tiny: ImportError: no such Ray$"),
+        (
+            "import time; time.sleep(60)",
+            0.5,
+            "^tiny did not answer on Ray Serve within 0 s; --timeout gives it longer$",
+        ),
+    ],
+)
+def test_why_the_hosts_program_failed_is_said(
+    ray: str, timeout: float, words: str, cluster: Instance, tmp_path: Path
+) -> None:
+    (tmp_path / "ray.py").write_text(ray)
+    variables = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    with pytest.raises(ServerError, match=words):
+        ray_applications._run(Path(cluster.folder, "run", "serve.json"), "", variables, timeout, "tiny")
+
+
+@pytest.mark.parametrize(("before", "named"), [(5, 3), (9, 0)])
+def test_requests_that_named_a_version_since_the_update_began_are_counted(
+    before: int, named: int, cluster: Instance, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of all replicas; one that was started again counts from the beginning."""
+    monkeypatch.setattr(on_ray, "_COUNTED", 0.0)
+    lines = [f'{on_ray._NAMING}{{model_name="tiny",model_version="{OLD}",replica="{i}"}} 4.0' for i in range(2)]
+    lines.append(f'{on_ray._NAMING}{{model_name="tiny",model_version="2.0",replica="2"}} 100.0')
+    known = on_ray._KnownVersions({}, named_before={OLD: before}, staying={OLD: 0}, applications={})
+    with answering(200, "\n".join(lines).encode()) as url:
+        instance = dataclasses.replace(cluster, metrics_port=int(url.rpartition(":")[2]))
+        on_ray._remember(instance, "tiny", known)
+        assert on_ray.drain_version(instance, "tiny", OLD, {}, 5.0) == named
+        assert on_ray.drain_version(instance, "tiny", "2.0", {}, 5.0) == 0  # it did not stay for them

@@ -14,6 +14,7 @@ from typing import Any, Callable, Dict, Iterator, List, Tuple
 
 import pytest
 from conftest import run_export, served_over_http
+from test_client import answering, secured
 from test_instances import processes, remembered, state  # noqa: F401  (fixtures)
 from traceserve import cli
 from traceserve.archives.archive import pack_archive
@@ -22,15 +23,15 @@ from traceserve.building.gate import golden
 from traceserve.building.gate.drift import score_difference
 from traceserve.building.gate.golden import GOLDEN_FILE, GoldenSample, read_golden
 from traceserve.checking import verifying
-from traceserve.checking.dialects import DIALECTS
+from traceserve.checking.dialects import DIALECTS, NATIVE, SpokenAt
 from traceserve.checking.proof import proof_of
 from traceserve.checking.verifying import Door, Verification, VerifiedSample, verify_server
-from traceserve.errors import ArchiveError
+from traceserve.errors import ArchiveError, ServerError
 from traceserve_hosts.asgi import Application, Limits
 from traceserve_hosts.batcher import Batcher
 from traceserve_runtime.engine import Engine
 from traceserve_runtime.errors import InvalidManifest
-from traceserve_runtime.manifest import Manifest
+from traceserve_runtime.manifest import Manifest, sha256
 from traceserve_runtime.protocols.bodies import Headers
 from traceserve_runtime.service import Call, Service
 
@@ -400,3 +401,59 @@ def test_a_sample_without_an_answer_is_no_near_tie(dtype: str, mar: Path) -> Non
         assert problems == ["2 of 1002 samples were not answered: 500: broken"]
         changed = [sample(1002, False)]
         assert len(verifying._differences([*changed, *failed], proof, 1e-4)) == 2
+
+
+@pytest.mark.parametrize(
+    ("status", "content"),
+    [
+        (401, b"{}"),
+        (403, b"{}"),
+        (400, b'{"code": 400, "type": "InvalidKeyException", "message": "Token Authentication failed."}'),
+    ],
+)
+def test_a_refused_key_is_said_to_be(status: int, content: bytes, mar: Path) -> None:
+    with answering(status, content) as url, pytest.raises(
+        ServerError, match=f"answers {status}: .*; give its key: --key"
+    ):
+        verified(url, mar)
+
+
+def test_a_servers_certificate_has_to_be_for_its_name(mar: Path, tmp_path: Path) -> None:
+    """Else the key and the texts go to whoever has any certificate of the same authority; our own are reached by address."""
+    with secured(tmp_path, "example.org") as (url, certificate):
+        with pytest.raises(ServerError, match="does not answer: .*certificate"):
+            Door(url, url, "the key", certificate).ask(url)
+        assert Door(url, url, "the key", certificate, ours=True).ask(url) == (200, {"key": "Bearer the key"})
+
+
+@pytest.mark.parametrize(
+    ("status", "document", "ours", "problems", "notes"),
+    [
+        (200, {"versions": ["1.0", "2.0"], "parameters": {"contents": "CONTENTS"}}, True, 0, 0),
+        (200, {"versions": ["2.0"], "parameters": {"contents": "CONTENTS"}}, False, 1, 0),
+        (200, {"versions": ["2.0"], "parameters": {}}, False, 1, 1),
+        (200, {"versions": ["1.0"], "parameters": {"contents": "another"}}, False, 1, 0),
+        (404, {"error": "no model"}, True, 1, 0),
+        (404, {"error": "no model"}, False, 0, 1),
+        (200, {"versions": "1.0"}, False, 0, 1),
+    ],
+)
+def test_what_a_server_says_of_itself_is_compared(
+    status: int, document: Dict[str, Any], ours: bool, problems: int, notes: int, mar: Path
+) -> None:
+    """What it does not say is a problem of a server of this machine alone."""
+    with proof_of(mar) as proof:
+        content = json.dumps(document).replace("CONTENTS", proof.manifest.contents).encode()
+        with answering(status, content) as url:
+            found = verifying._identity(Door(url, url, ours=ours), SpokenAt(NATIVE, url), proof)
+    assert [len(each) for each in found] == [problems, notes]
+
+
+def test_scores_may_be_as_far_off_as_at_the_build(unpacked: Path, url: str, tmp_path: Path) -> None:
+    """Where they were further off than the gate's limit, as with --allow-drift."""
+    shutil.copytree(unpacked, tmp_path / "tiny")
+    file = tmp_path / "tiny" / GOLDEN_FILE
+    file.write_text(json.dumps({**json.loads(file.read_text()), "largest_difference": 0.25}))
+    manifest = Manifest.read(unpacked)
+    replace(manifest, files={**manifest.files, GOLDEN_FILE: sha256(file)}).write(tmp_path / "tiny")
+    assert verified(url, tmp_path / "tiny").limit == 0.25 and verified(url, unpacked).limit == 1e-4
