@@ -73,6 +73,14 @@ def test_activity_is_what_grew() -> None:
     assert found.rate == 10
 
 
+def test_times_that_are_counted_per_round_are_unknown() -> None:
+    counters = {"ts_inference_requests_total": 10.0, "ts_inference_latency_microseconds": 1e6}
+    last = of_torchserve({**counters, "ts_queue_latency_microseconds": 4e5}, {}, {"0.01": 5.0, "+Inf": 5.0})
+    found = between(Sample(0.0), replace(last, waiting=4, continuous=True))
+    assert (found.requests, found.waiting, found.batch_p50) == (10, 4, pytest.approx(0.005))
+    assert found.latency is found.queue is None
+
+
 @pytest.mark.parametrize("interval", ["x", "0", "nan", "inf"])
 def test_an_interval_is_a_number(interval: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):

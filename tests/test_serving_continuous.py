@@ -13,9 +13,12 @@ from typing import Any, Callable, Dict, Iterator, List, NamedTuple
 
 import pytest
 from conftest import run_export
+from traceserve import cli
 from traceserve.archives.archive import pack_archive
 from traceserve.building.gate.texts import VERY_LONG
+from traceserve.commands.status import _FIGURES, _cells
 from traceserve.errors import ServerError
+from traceserve.measuring import activity
 from traceserve.serving import configuration, instances, server
 from traceserve.serving.instances import Instance
 from traceserve_runtime.engine import Engine
@@ -216,6 +219,31 @@ def test_a_client_that_hangs_up_is_computed_no_further(served: Served) -> None:
     assert served.ask(CLASSIFIER, {"text": TEXT}).status == 200
     time.sleep(1)
     assert served.metric("traceserve_windows_total") - before < 10 * len(LONG) / 2
+
+
+def test_times_that_are_counted_per_round_are_not_shown(
+    served: Served, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In `status` a dash for the means; in `bench` all but the breakdown."""
+    (tmp_path / "texts.txt").write_text(f"{TEXT}\nWhere is my parcel?\n")
+    files = ["--json", str(tmp_path / "bench.json"), "--html", str(tmp_path / "bench.html")]
+    loads = ["--connections", "2", "--seconds", "1", "--warm-up", "0.2"]
+    assert cli.main(["bench", CLASSIFIER, "--samples", str(tmp_path / "texts.txt"), *loads, *files]) == 0
+    printed = " ".join(capsys.readouterr().out.split())
+    assert (
+        "no breakdown of a request's time: with continuous_batching TorchServe counts its times once per round"
+        in printed
+    )
+    assert "tokens of a request" in printed and "queue" not in printed and "mean time" not in printed
+    document = json.loads((tmp_path / "bench.json").read_text())
+    [summary], [measurement] = document["summary"], document["measurements"]
+    assert summary["server"]["time_ms"] is measurement["server"]["time_ms"] is None and summary["server"]["tokens"] > 2
+    assert "Where the time of a request goes" not in (tmp_path / "bench.html").read_text(encoding="utf-8")
+    found = activity.between(activity.Sample(0.0), activity.sample(served.instance, CLASSIFIER))
+    assert found.requests > 0 and found.batch_p50 is not None and found.waiting == 0
+    assert found.latency is found.queue is None
+    cells = dict(zip(_FIGURES, _cells(found)))
+    assert cells["mean"] == cells["queue"] == "-" != cells["p50"]
 
 
 def test_a_second_worker_is_refused(served: Served) -> None:

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
     from traceserve.measuring.documents import BenchDocument, Load, Peak, Summary
 
+_NO_BREAKDOWN = "no breakdown of a request's time: with continuous_batching TorchServe counts its times once per round"
 _SPANS = 10  # of one request's time, that a closed loop should last
 
 
@@ -185,7 +186,7 @@ def _print_bench(document: BenchDocument) -> None:
     """Print the medians and time breakdown of each server, and the ratios of two."""
     from rich.table import Table
 
-    from traceserve.measuring.page import load_name
+    from traceserve.measuring.page import load_name, time_parts
 
     screen = console()
     load = "connections" if document["plan"]["rate"] is None else "sent a second"
@@ -198,6 +199,8 @@ def _print_bench(document: BenchDocument) -> None:
                 print_note(f"{load_name(summary)}: {note}")
         if all(summary["server"] for summary in own):
             peak = document["peaks"].get(subject)
+            if not all(map(time_parts, own)):
+                print_note(_NO_BREAKDOWN)
             screen.print(_time_table(own, load, peak), highlight=False)
             if peak is not None:
                 print_line(_peak_note(peak), style="dim")
@@ -271,15 +274,16 @@ def _peak_note(peak: Peak) -> str:
 
 
 def _time_table(own: Sequence[Summary], load: str, peak: Optional[Peak]) -> Table:
-    """Return the breakdown of a request's mean time in a traceserve server."""
+    """Return the breakdown of a request's mean time in a traceserve server, and what its tokens are."""
     from rich.table import Table
 
-    from traceserve.measuring.page import peak_share
+    from traceserve.measuring.page import peak_share, time_parts
 
-    table = Table(f"mean time, at {load}:", *map(_load, own), box=None, header_style="dim")
+    parts = time_parts(own[0])
+    table = Table(f"{'mean time, ' if parts else ''}at {load}:", *map(_load, own), box=None, header_style="dim")
     servers = [summary["server"] for summary in own if summary["server"]]
-    for part in servers[0]["time_ms"]:
-        times = [(server["time_ms"][part], sum(server["time_ms"].values())) for server in servers]
+    for part in parts:
+        times = [(time_ms[part], sum(time_ms.values())) for time_ms in map(time_parts, own)]
         table.add_row(part, *(f"{figure(time)} ms {100 * time / whole:3.0f} %" for time, whole in times))
     table.add_row("tokens of a request", *(figure(server["tokens"]) for server in servers))
     table.add_row("padding of a batch", *(f"{100 * server['padding_share']:.0f} %" for server in servers))

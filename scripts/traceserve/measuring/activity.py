@@ -32,6 +32,7 @@ class Sample:
     moment: float
     series: Mapping[Series, float] = field(default_factory=dict)
     waiting: Optional[int] = None  # requests in the queue at this moment; None: unknown
+    continuous: bool = False  # then TorchServe counts its times once per round, not once per request
 
     @property
     def counters(self) -> Dict[str, float]:
@@ -55,12 +56,12 @@ class Sample:
 
     @property
     def latency(self) -> Optional[float]:
-        """Their mean time in TorchServe, from arrival to answer."""
+        """Their mean time in TorchServe, from arrival to answer; None: unknown."""
         return self._mean(_LATENCY)
 
     @property
     def queue(self) -> Optional[float]:
-        """The part of it before a request leaves the queue."""
+        """The part of it before a request leaves the queue; None: unknown."""
         return self._mean(_QUEUE)
 
     @property
@@ -71,6 +72,8 @@ class Sample:
         return 1 - counters.get("traceserve_tokens_total", 0.0) / computed if computed else None
 
     def _mean(self, metric: str) -> Optional[float]:
+        if self.continuous:
+            return None
         counters, requests = self.counters, self.requests
         return counters[metric] / requests / 1e6 if requests and metric in counters else None
 
@@ -106,8 +109,10 @@ class Activity:
 
 def sample(instance: Instance, name: str) -> Sample:
     """Read an archive's counters, and the length of its queue; raises OSError if the server does not give them."""
-    found = counted(instance.metrics_url, name)
-    return replace(found, waiting=None if instance.engine == RAY else _waiting(instance, name))
+    found, described = counted(instance.metrics_url, name), _described(instance, name)
+    if described is None:
+        return found
+    return replace(found, waiting=described.waiting, continuous=described.continuous)
 
 
 def counted(url: str, name: str) -> Sample:
@@ -131,9 +136,18 @@ def series_of(metrics: Iterable[Tuple[str, Mapping[str, str], float]]) -> Dict[S
     return found
 
 
-def _waiting(instance: Instance, name: str) -> Optional[int]:
+def is_continuous(instance: Instance, name: str) -> bool:
+    """Return whether TorchServe serves an archive with `continuous_batching`."""
+    described = _described(instance, name)
+    return described is not None and described.continuous
+
+
+def _described(instance: Instance, name: str) -> Optional[management.Registered]:
+    """Return TorchServe's description of an archive; None if there is none, as on Ray Serve."""
+    if instance.engine == RAY:
+        return None
     try:
-        return management.default(instance, name).waiting
+        return management.default(instance, name)
     except (ServerError, KeyError, TypeError, ValueError):  # TorchServe before 0.9, or one that stops
         return None
 

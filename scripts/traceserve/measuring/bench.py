@@ -193,7 +193,9 @@ def _figures(
         if times is None
         else {
             "requests": times.requests,
-            "time_ms": {part: _ms(seconds) for part, seconds in times.shares(mean).items()},
+            "time_ms": None
+            if asked.continuous
+            else {part: _ms(seconds) for part, seconds in times.shares(mean).items()},
             "tokens": round(times.tokens, 1),
             "padding_share": round(times.padding_share, 3),
             "operations": None if asked.arithmetic is None else asked.arithmetic.of_a_request(times.tokens, times.rows),

@@ -16,7 +16,9 @@ class ServerFigures(TypedDict):
     """A traceserve server's own figures: the means of a request's parts, tokens and padding; and its products, if known."""
 
     requests: int
-    time_ms: Dict[str, float]
+    time_ms: Optional[
+        Dict[str, float]
+    ]  # None with continuous_batching, where TorchServe does not count them per request
     tokens: float
     padding_share: float
     operations: Optional[float]  # of a request's products

@@ -40,7 +40,7 @@ def page(document: BenchDocument) -> str:
     figures = [_latencies(document)]
     if document["plan"]["rate"] is None:
         figures.append(_over_connections(document))
-    if any(summary["server"] for summary in document["summary"]):
+    if any(time_parts(summary) for summary in document["summary"]):
         figures.append(_where_time_goes(document))
     title = "traceserve bench: " + html.escape(" and ".join(document["subjects"]))
     return html_document(title, [_about(document), _table(document)], figures)
@@ -69,6 +69,11 @@ def peak_share(summary: Summary, peak: Optional[Peak]) -> str:
     if peak is None or not operations:
         return ""
     return f"{100 * summary['throughput'] * operations / peak['operations_per_second']:.0f} %"
+
+
+def time_parts(summary: Summary) -> Dict[str, float]:
+    """Return the parts of a request's mean time, in milliseconds; empty if unknown."""
+    return (summary["server"] and summary["server"]["time_ms"]) or {}
 
 
 def _about(document: BenchDocument) -> str:
@@ -182,7 +187,7 @@ def _over_connections(document: BenchDocument) -> Figure:
 def _where_time_goes(document: BenchDocument) -> Figure:
     import plotly.graph_objects as go
 
-    shown = [(summary, summary["server"]["time_ms"]) for summary in document["summary"] if summary["server"]]
+    shown = [(summary, time_parts(summary)) for summary in document["summary"] if time_parts(summary)]
     labels = [html.escape(f"{summary['subject']}, {load_name(summary)}") for summary, _ in shown]
     figure = go.Figure()
     parts = dict.fromkeys(part for _, time_ms in shown for part in time_ms)  # another engine's are others

@@ -3,8 +3,9 @@
 Of TorchServe 0.12, in microseconds, summed over requests: `ts_inference_latency_microseconds` from a request's arrival in
 the frontend to its answer, `ts_queue_latency_microseconds` from its arrival to its leaving the queue, the delay in which
 batches are filled included. Of our handler, in seconds, summed likewise: `traceserve_handler_seconds_total`, and within it
-`traceserve_model_seconds_total`; each request of a batch waits for the whole batch. Ray Serve has the handler's alone, and
-counts the texts of a body as requests.
+`traceserve_model_seconds_total`; each request of a batch waits for the whole batch. With `continuous_batching` TorchServe
+counts its times once per round, so there is no breakdown. Ray Serve has the handler's alone, and counts the texts of a body as
+requests.
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ from typing import List, Mapping, Optional, Sequence, Tuple
 
 from traceserve.building.samples import OwnSamples
 from traceserve.errors import ConfigError, ServerError
-from traceserve.measuring import load_generator
+from traceserve.measuring import activity, load_generator
 from traceserve.measuring.arithmetic import Arithmetic, arithmetic_of
 from traceserve.serving import client, instances
 
@@ -28,7 +28,10 @@ class Traffic:
 
 @dataclass(frozen=True)
 class BenchTarget:
-    """A measured server; with `metrics` if it is ours, and the arithmetic of its model if its archive tells it."""
+    """A measured server; with `metrics` if it is ours, and the arithmetic of its model if its archive tells it.
+
+    `continuous`: whether its archive has `continuous_batching`.
+    """
 
     label: str
     target: load_generator.Endpoint
@@ -36,6 +39,7 @@ class BenchTarget:
     name: str = ""
     metrics: Optional[str] = None
     arithmetic: Optional[Arithmetic] = None
+    continuous: bool = False
 
 
 def subject(
@@ -74,12 +78,13 @@ def with_distinct_labels(subjects: Sequence[BenchTarget]) -> List[BenchTarget]:
     ]
 
 
-_Ours = Tuple[str, Optional[str], Optional[Arithmetic]]
+_Ours = Tuple[str, Optional[str], Optional[Arithmetic], bool]
 
 
 def _told_by(instance: instances.Instance, name: str) -> _Ours:
-    """Return the name of one of our archives, its metrics' URL, and the arithmetic of its model."""
-    return name, instance.metrics_url, arithmetic_of(instance.manifest(name))
+    """Return the name of one of our archives, its metrics' URL, the arithmetic of its model, and whether it has
+    `continuous_batching`."""
+    return name, instance.metrics_url, arithmetic_of(instance.manifest(name)), activity.is_continuous(instance, name)
 
 
 def _ours(url: str) -> _Ours:
@@ -88,7 +93,7 @@ def _ours(url: str) -> _Ours:
         for name in instance.names:
             if url == instance.predictions_url(name):
                 return _told_by(instance, name)
-    return "", None, None
+    return "", None, None, False
 
 
 def traffic(samples: OwnSamples, body: Optional[str] = None) -> Traffic:
