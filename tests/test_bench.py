@@ -238,6 +238,14 @@ def test_what_is_wrong_is_told_at_once(samples_file: Path, tmp_path: Path, monke
         (["http://x/", "--rate", "10", "--connections", "1,2"], "opened as needed"),
         (["http://x/", "--rate", "0"], "more than 0"),
         (["http://x/", "--header", "a b"], "should look like"),
+        (
+            ["quick", "--body", "{x"],
+            "--body is for URLs, not for quick; for a name, put request bodies into a .jsonl",
+        ),
+        (["quick", "--compare", "slow", "--body", "{x"], "--body is for URLs, not for quick and slow"),
+        (["quick", "--header", "a: b"], "--header is for URLs, not for quick; the key of a named server is known"),
+        (["http://x/", "--compare-body", "{x"], "--compare-body is for the other server; name it with --compare"),
+        (["http://x/", "--compare", "slow", "--compare-body", "{x"], "--compare-body is for URLs, not for slow"),
     ):
         started = time.monotonic()
         code, _, errors = run_command(*arguments, "--samples", str(samples_file))

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from traceserve.measuring.documents import BenchDocument, Load, Peak, Summary
 
 _NO_BREAKDOWN = "no breakdown of a request's time: with continuous_batching TorchServe counts its times once per round"
+_BODIES_FOR_NAMES = "for a name, put request bodies into a .jsonl, and give it as --samples"
+_HEADERS_FOR_NAMES = "the key of a named server is known, and sent; give the server's URL to send other headers"
 _SPANS = 10  # of one request's time, that a closed loop should last
 
 
@@ -121,6 +123,7 @@ def _bench(options: argparse.Namespace) -> int:
         retries=options.retries,
         check=options.check,
     )
+    _check_for_urls(options)
     headers = dict(options.header)
     samples = OwnSamples.read(options.samples)
     measured = [targets.subject(options.place, samples, options.port, options.body, headers)]
@@ -143,6 +146,21 @@ def _bench(options: argparse.Namespace) -> int:
     finally:
         _print_bench(document)
     return 0
+
+
+def _check_for_urls(options: argparse.Namespace) -> None:
+    """Raise TraceserveError for an option that would have no effect, since no URL is asked with it."""
+    other = [options.compare] if options.compare else []
+    if options.compare_body is not None and not other:
+        raise TraceserveError("bench: --compare-body is for the other server; name it with --compare")
+    given = {
+        "--body": (options.body, [options.place, *other], _BODIES_FOR_NAMES),
+        "--compare-body": (options.compare_body, other, _BODIES_FOR_NAMES),
+        "--header": (options.header or None, [options.place, *other], _HEADERS_FOR_NAMES),
+    }
+    for option, (value, places, instead) in given.items():
+        if value is not None and not any("://" in place for place in places):
+            raise TraceserveError(f"bench: {option} is for URLs, not for {' and '.join(places)}; {instead}")
 
 
 def _measure_peak(dtype: str, hardware: str) -> Optional[float]:
