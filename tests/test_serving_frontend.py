@@ -114,6 +114,65 @@ def test_a_full_queue(artifact: Path, tmp_path: Path, monkeypatch: pytest.Monkey
         instances.stop(started)
 
 
+# --- what it makes of HTTP ---------------------------------------------------------------------------------------------
+
+
+def received(instance: Instance, request: bytes, half_closed: bool = False) -> Tuple[bytes, str]:
+    """Return all that comes within two seconds, and whether the connection is open, closed or reset then."""
+    answer = b""
+    with socket.create_connection(("127.0.0.1", instance.port), 5) as connection:
+        connection.settimeout(2)
+        connection.sendall(request)
+        if half_closed:
+            connection.shutdown(socket.SHUT_WR)
+        try:
+            for piece in iter(lambda: connection.recv(1 << 16), b""):
+                answer += piece
+        except socket.timeout:
+            return answer, "open"
+        except ConnectionResetError:
+            return answer, "reset"
+        return answer, "closed"
+
+
+def test_pipelined_requests_are_answered_as_they_end(instance: Instance) -> None:
+    """The second one first, as the first one waits for a worker."""
+    long = json.dumps(["word"] * 50).encode()
+    requests = [("POST /predictions/NAME", long), ("GET /ping", b"")]
+    sent = b"".join(raw(line, "application/json", body, instance.key or "") for line, body in requests)
+    answers, state = received(instance, sent)
+    assert answers.count(b"HTTP/1.1 200") == 2 and state == "open"
+    assert answers.index(b'"status": "Healthy"') < answers.index(b'"label"')
+
+
+@pytest.mark.parametrize(("version", "more"), [("1.1", b"Connection: close\r\n"), ("1.0", b"")])
+def test_a_connection_stays_open_after_an_answer(version: str, more: bytes, instance: Instance) -> None:
+    request = raw("POST /predictions/NAME", "text/plain", b"well", instance.key or "", more=more)
+    answer, state = received(instance, request.replace(b"HTTP/1.1", f"HTTP/{version}".encode()))
+    assert answer.startswith(b"HTTP/1.1 200") and b"connection: keep-alive" in answer and state == "open"
+
+
+def test_a_client_that_half_closes_gets_no_answer(instance: Instance) -> None:
+    request = raw("POST /predictions/NAME", "text/plain", b"well", instance.key or "")
+    assert received(instance, request, half_closed=True) == (b"", "reset")
+
+
+@pytest.mark.parametrize(
+    ("line", "body", "status", "answered"),
+    [
+        ("PUT /predictions/NAME", b"well", 200, True),
+        ("HEAD /predictions/NAME", b"well", 200, False),
+        ("HEAD /predictions/NAME", b"", 400, False),
+        ("HEAD /ping", b"", 200, False),
+    ],
+)
+def test_other_methods(line: str, body: bytes, status: int, answered: bool, instance: Instance) -> None:
+    answer, _ = received(instance, raw(line, "text/plain", body, instance.key or ""))
+    head, _, content = answer.partition(b"\r\n\r\n")
+    assert head.startswith(b"HTTP/1.1 %d" % status) and (b'"label"' in content) == answered, answer
+    assert answered or content == b""
+
+
 def part(headers: bytes, body: bytes = MARKER) -> bytes:
     return b"--b\r\n" + headers + b"\r\n\r\n" + body + b"\r\n--b--\r\n"
 
