@@ -227,6 +227,12 @@ UNEVEN = {
         "NystromformerConfig", "bert", {**SIZE, "conv_kernel_size": 3, "segment_means_seq_len": 8, "num_landmarks": 8}
     ),
     "yoso": Architecture("YosoConfig", "bert", SIZE),
+    # Of transformers 5; it loops over the experts that its tokens hit.
+    "openai_privacy_filter": Architecture(
+        "OpenAIPrivacyFilterConfig",
+        "bert",
+        {**SIZE, "num_key_value_heads": 2, "head_dim": 8, "num_local_experts": 4, "num_experts_per_tok": 2},
+    ),
     "funnel": Architecture(
         "FunnelConfig",
         "bert",

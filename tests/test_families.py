@@ -105,6 +105,24 @@ def test_what_writes_otherwise_than_it_reads_is_refused(
         run_export(tmp_path / "x", content(source, "text_generation", save_mode))
 
 
+@pytest.mark.skipif(
+    not hasattr(transformers, "OpenAIPrivacyFilterConfig"), reason="this transformers has not the model"
+)
+def test_experts_that_the_original_loops_over_are_traced_together(
+    checkpoint: Callable[..., Path], tmp_path: Path
+) -> None:
+    """By OpenAI's privacy filter; afterwards the original has its own way again, with which the gate compares."""
+    from traceserve.building.writers.tracing.wrapping import all_experts
+
+    source = checkpoint("openai_privacy_filter", "AutoModelForTokenClassification")
+    receipt = run_export(tmp_path / "x", content(source, "token_classification", "torchscript")).manifest.receipt
+    assert receipt["passed"] and receipt["own_answers"] == 0 and receipt["largest_difference"] < 1e-5
+    model: Any = transformers.AutoModelForTokenClassification.from_pretrained(source)
+    with all_experts(model):
+        assert model.config._experts_implementation == "grouped_mm"
+    assert model.config._experts_implementation == "eager"
+
+
 def test_a_trace_leaves_what_it_changed(checkpoint: Callable[..., Path], tmp_path: Path) -> None:
     import torch
     from traceserve.building.writers.tracing.wrapping import traceable

@@ -173,8 +173,24 @@ def traceable(model: torch.nn.Module) -> Iterator[None]:
     """Prepare a model for torch's tracer, so that it can be saved."""
     with masks_without_vmap(), forward_alone(), windows_by_unfold(), truths_as_numbers(), positions_by_length(
         model
-    ), plain_names(model):
+    ), all_experts(model), plain_names(model):
         yield
+
+
+@contextlib.contextmanager
+def all_experts(model: Any) -> Iterator[None]:
+    """Make a model compute its experts by products of groups, where it has them and loops over those that its tokens hit
+    (OpenAI's privacy filter, for its roundings): a trace keeps those of the example."""
+    own = model.get_experts_implementation() if hasattr(model, "get_experts_implementation") else {}  # transformers 5
+    if "eager" not in own.values():
+        yield
+        return
+    with contextlib.suppress(ValueError):  # it has no experts, or no other way
+        model.set_experts_implementation("grouped_mm")
+    try:
+        yield
+    finally:
+        model.set_experts_implementation(own)
 
 
 @contextlib.contextmanager
