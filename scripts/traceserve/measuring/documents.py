@@ -16,9 +16,8 @@ class ServerFigures(TypedDict):
     """A traceserve server's own figures: the means of a request's parts, tokens and padding; and its products, if known."""
 
     requests: int
-    time_ms: Optional[
-        Dict[str, float]
-    ]  # None with continuous_batching, where TorchServe does not count them per request
+    # Of a request, by part; None with continuous_batching, where TorchServe counts its times once per round.
+    time_ms: Optional[Dict[str, float]]
     tokens: float
     padding_share: float
     operations: Optional[float]  # of a request's products
