@@ -24,6 +24,7 @@ if "PYTEST_XDIST_WORKER_COUNT" in os.environ:  # parallel tests share the cores
 
 import models  # after the environment
 from traceserve.archives.archive import pack_archive
+from traceserve.archives.contents import unpack
 from traceserve.building.config.parsing import LoadedConfig, parse_config
 from traceserve.building.export import Shared, export
 from traceserve.building.exported import Exported
@@ -249,6 +250,20 @@ def artifact(checkpoint: Callable[..., Path], tmp_path_factory: pytest.TempPathF
 def mar(artifact: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """That artifact's archive, tiny.mar."""
     return pack_archive(artifact, "tiny", tmp_path_factory.mktemp("store"))
+
+
+SWAPPED = {"id2label": {0: "green", 1: "red", 2: "blue"}, "label2id": {"green": 0, "red": 1, "blue": 2}}
+
+
+@pytest.fixture(scope="session")
+def archives(artifact: Path, checkpoint: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One model as versions 1.0 and 2.0, and one with other labels as version 3.0: V/tiny.mar, unpacked in V/tiny."""
+    folder = tmp_path_factory.mktemp("versions")
+    run_export(folder / "swapped", {"model_name": str(checkpoint("bert", **SWAPPED)), "max_length": 32})
+    for version, source in (("1.0", artifact), ("2.0", artifact), ("3.0", folder / "swapped")):
+        (folder / version).mkdir()
+        unpack(pack_archive(source, "tiny", folder / version, version=version), folder / version / "tiny")
+    return folder
 
 
 @contextlib.contextmanager

@@ -12,12 +12,10 @@ import subprocess
 import sys
 import threading
 from pathlib import Path
-from typing import Callable, Iterator, List
+from typing import Iterator, List
 
 import pytest
-from conftest import run_export
 from traceserve import cli
-from traceserve.archives.archive import pack_archive
 from traceserve.archives.contents import unpack
 from traceserve.errors import ServerError
 from traceserve.measuring import activity
@@ -32,18 +30,6 @@ from traceserve.serving.update_lock import alone
 from traceserve_runtime.manifest import HANDLER_FILE, Manifest, sha256
 
 BODIES = [json.dumps({"text": f"Parcel number {number} is late."}).encode() for number in range(40)]
-SWAPPED = {"id2label": {0: "green", 1: "red", 2: "blue"}, "label2id": {"green": 0, "red": 1, "blue": 2}}
-
-
-@pytest.fixture(scope="module")
-def archives(artifact: Path, checkpoint: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """One model as versions 1.0 and 2.0, and one with other labels as version 3.0: V/tiny.mar."""
-    folder = tmp_path_factory.mktemp("update")
-    run_export(folder / "swapped", {"model_name": str(checkpoint("bert", **SWAPPED)), "max_length": 32})
-    for version, source in (("1.0", artifact), ("2.0", artifact), ("3.0", folder / "swapped")):
-        (folder / version).mkdir()
-        pack_archive(source, "tiny", folder / version, version=version)
-    return folder
 
 
 @pytest.fixture(scope="module")

@@ -14,8 +14,6 @@ from typing import Any, AsyncIterator, Callable, Dict, Iterator, List
 import pytest
 from conftest import run_export, served_over_http
 from test_instances import processes, remembered, state  # noqa: F401  (fixtures)
-from traceserve.archives.archive import pack_archive
-from traceserve.archives.contents import unpack
 from traceserve.building.gate.golden import GoldenSample
 from traceserve.building.samples import OwnSamples
 from traceserve.checking.proof import proof_of
@@ -37,19 +35,7 @@ from traceserve_runtime.engine import Engine
 from traceserve_runtime.mirror import Mirror
 from traceserve_runtime.service import Service
 
-SWAPPED = {"id2label": {0: "green", 1: "red", 2: "blue"}, "label2id": {"green": 0, "red": 1, "blue": 2}}
 RUNNING = Registered("1.0", "tiny", 1, 1, 0, 120, False)
-
-
-@pytest.fixture(scope="module")
-def archives(artifact: Path, checkpoint: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """One model as versions 1.0 and 2.0, and one with other labels as version 3.0: V/tiny.mar, unpacked in V/tiny."""
-    folder = tmp_path_factory.mktemp("updating")
-    run_export(folder / "swapped", {"model_name": str(checkpoint("bert", **SWAPPED)), "max_length": 32})
-    for version, source in (("1.0", artifact), ("2.0", artifact), ("3.0", folder / "swapped")):
-        (folder / version).mkdir()
-        unpack(pack_archive(source, "tiny", folder / version, version=version), folder / version / "tiny")
-    return folder
 
 
 async def failing(scope: Scope, receive: Any, send: Any) -> None:

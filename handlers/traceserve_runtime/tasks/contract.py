@@ -161,6 +161,7 @@ class Task:
     reads_vectors: ClassVar[bool] = False  # whether an answer is made of token vectors, like sentence-transformers'
     scores_pairs: ClassVar[bool] = False  # whether an answer is made of pairs' scores, like its cross-encoders'
     cleans_up: ClassVar[bool] = False  # whether texts that are decoded are cleaned up where the tokenizer does that
+    auto_int8: ClassVar[bool] = True  # whether `auto` tries int8: the built-in samples show what that changes
     task_specific_params: ClassVar[bool] = False  # whether the pipeline reads its own section of config.json's
     # Parameters that choose what of an answer is explained; None if the task's answers cannot be explained.
     explains: ClassVar[Optional[Tuple[Parameter, ...]]] = None

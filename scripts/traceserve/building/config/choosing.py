@@ -10,7 +10,7 @@ from traceserve_runtime import processor
 from traceserve_runtime.tasks import TASKS
 
 from traceserve.building.config import formats
-from traceserve.building.config.dtypes import AUTO, INT8_BY_REQUEST
+from traceserve.building.config.dtypes import AUTO
 from traceserve.building.config.libraries import LIBRARIES
 
 if TYPE_CHECKING:  # pydantic takes a fifth of a second
@@ -58,7 +58,7 @@ def _why_usual(config: SetupConfig) -> Optional[str]:
         return f"{IN_INT8} is faster in int8, not in {config.dtype}"
     if config.dtype == AUTO and TASKS[config.task].loop:
         return f"{config.task} stays in float32, unless it is asked for another dtype"
-    if config.dtype == AUTO and config.task in INT8_BY_REQUEST:
+    if config.dtype == AUTO and not TASKS[config.task].auto_int8:
         return f"{config.task} is not rounded to int8, unless it is asked for"
     if not processor.is_x86():
         return f"{IN_INT8}'s int8 was measured on x86 alone"

@@ -28,10 +28,6 @@ DTYPES: Dict[str, Dtype] = {
     "int8": Dtype(("cpu",), differentiable=False),
 }
 
-# Few of the built-in samples have an entity: a tagger in int8 passes the gate on them, and changes its answers to several of
-# a hundred real sentences (docs/measurements.md). `auto` leaves its int8 to those who ask for it.
-INT8_BY_REQUEST = ("token_classification",)
-
 
 def own_dtypes(hardware: str) -> Tuple[str, ...]:
     """Return the dtypes in which this hardware computes any model: its compiler converts to them."""
@@ -65,9 +61,9 @@ def fastest_in_torchscript(task: Type[Task], hardware: str) -> Tuple[str, ...]:
 
 def fastest_in_openvino(task: Type[Task], hardware: str) -> Tuple[str, ...]:
     """Return the same for OpenVINO, whose int8 is twice as fast as float32: it is tried where bfloat16 is not native,
-    int8 is, and NNCF is installed. Not for generated texts, as above, nor for `INT8_BY_REQUEST`."""
+    int8 is, and NNCF is installed. Not for generated texts, as above, nor where the task has no `auto_int8`."""
     tried = fastest(task, hardware)
-    trusted = not task.loop and task.name not in INT8_BY_REQUEST
+    trusted = not task.loop and task.auto_int8
     quantizes = trusted and processor.native("int8") and importlib.util.find_spec("nncf") is not None
     return ("int8", *tried) if len(tried) == 1 and quantizes else tried
 

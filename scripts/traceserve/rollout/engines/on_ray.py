@@ -117,13 +117,16 @@ def start_beside(instance: Instance, archive: Archive, folder: str, timeout: flo
         time.sleep(_POLL)
 
 
-def _start_at_own_path(instance: Instance, archive: _Archive, cores: float, timeout: float) -> None:
-    """Start one replica of a version, which is remembered first: the next update ends what a killed one has left."""
+def _start_at_own_path(instance: Instance, archive: _Archive, cores: float, timeout: float) -> _KnownVersions:
+    """Start one replica of a version, which is remembered first, and return what is known: the next update ends what a killed
+    one has left."""
     name, version = archive["name"], archive["version"]
     application, known = ray_config.beside(archive, cores), _known(instance, name)
     versions, names = {**known.versions, version: archive}, {**known.applications, version: application["name"]}
-    _remember(instance, name, replace(known, versions=versions, applications=names))
+    known = replace(known, versions=versions, applications=names)
+    _remember(instance, name, known)
     ray_applications.change_applications(instance, {"applications": [application]}, timeout, f"{name} {version}")
+    return known
 
 
 def _check_room(instance: Instance, new: _Archive) -> None:
@@ -173,8 +176,7 @@ def switch_to(instance: Instance, name: str, version: str, timeout: float) -> No
     named = _named(instance, name, before, known)
     if named:
         # Without cores: what there is room for is left for the new version.
-        _start_at_own_path(instance, known.versions[before], 0, timeout)
-        known = _known(instance, name)
+        known = _start_at_own_path(instance, known.versions[before], 0, timeout)
         known = replace(known, staying={**known.staying, before: named})
         _remember(instance, name, known)
     _replace(instance, known.versions[version], [known.applications[version]], timeout)
