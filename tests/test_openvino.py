@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -122,7 +123,7 @@ def test_threads_and_precision(made: Maker, monkeypatch: pytest.MonkeyPatch) -> 
     folder = made("classification")
     manifest = Manifest.read(folder)
     library = openvino.library()
-    core = library.Core()
+    core = openvino.core(library)
     for threads, expected in ((1, 1), (None, processor.cores())):
         openvino.read(manifest, folder, "cpu", Settings(threads=threads))
         compiled = core.compile_model(core.read_model(str(folder / "model.xml")), "CPU", seen[-1])
@@ -376,6 +377,41 @@ def test_auto_follows_processor_and_packages(
     monkeypatch.setattr(processor, "features", lambda: frozenset(features))
     monkeypatch.setattr("importlib.util.find_spec", lambda name: object() if installed else None)
     assert formats.candidates("openvino", "cpu", "auto", TASKS["fill_mask"]) == expected
+
+
+DROPPED = """
+import gc, signal, sys, threading
+from pathlib import Path
+from traceserve_runtime.manifest import Manifest
+from traceserve_runtime.runtimes import openvino
+
+def load():
+    folder = Path(sys.argv[1])
+    return openvino.read(Manifest.read(folder), folder, "cpu")
+
+first, second = load(), load()
+del first
+gc.collect()
+del second
+gc.collect()
+kept = [load()]
+thread = threading.Thread(target=kept.clear)
+thread.start()
+thread.join()
+try:
+    signal.raise_signal(signal.SIGINT)
+except KeyboardInterrupt:
+    print("interrupted")
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="OpenVINO gives signals another stack on Linux alone")
+def test_a_signal_after_models_that_are_gone(made: Maker) -> None:
+    """OpenVINO leaves the thread a stack for signals that it has unmapped: an interrupt would end the process."""
+    command = [sys.executable, "-c", DROPPED, str(made("classification"))]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT / "handlers")}
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=100)
+    assert (result.returncode, result.stdout) == (0, "interrupted\n"), result.stderr
 
 
 def test_a_missing_nncf_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

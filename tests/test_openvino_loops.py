@@ -81,7 +81,7 @@ def test_keys_and_values_stay_in_the_graph(folders: Callable[[str], Path]) -> No
     """A decoder is one graph, so its weights are there once; only a source's keys and values are handed in."""
     manifest = Manifest.read(folders("llama"))
     assert manifest.runtime == {IN_PARTS: True} and {"model.xml", "model.bin"} <= set(manifest.files)
-    core = openvino.library().Core()
+    core = openvino.core(openvino.library())
     step = core.read_model(str(folders("llama") / "model.xml"))
     assert {port.get_any_name() for port in step.inputs} == {*manifest.step_inputs, "beam_idx"}
     assert [port.get_any_name() for port in step.outputs] == ["logits"] and len(step.get_variables()) == 4
@@ -104,7 +104,7 @@ def test_graphs_share_their_weights(checkpoint: Made, folders: Callable[[str], P
 
 def test_attention_keeps_them_in_place(folders: Callable[[str], Path]) -> None:
     """OpenVINO joins the variables to attention; otherwise each step would copy all of them."""
-    core = openvino.library().Core()
+    core = openvino.core(openvino.library())
     model = core.read_model(str(folders("llama") / "model.xml"))
     compiled = core.compile_model(model, "CPU", openvino._properties("float32", 2, True))
     nodes = compiled.get_runtime_model().get_ordered_ops()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import threading
 from concurrent.futures import Executor
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, Dict, FrozenSet, List, Optional, Sequence, Union
 
@@ -21,6 +21,7 @@ from traceserve_runtime.runtimes.variants import Variant
 from traceserve_runtime.settings import Settings
 
 _TELEMETRY = "openvino_telemetry"
+_ONE_AT_A_TIME = threading.Lock()
 # OpenVINO's name for what is not quantized. Without it, the plugin takes bfloat16 wherever the processor has it. In an
 # int8 model the rest stays in float32, so that every processor computes the same.
 _PRECISIONS = {"float32": "f32", "bfloat16": "bf16", "int8": "f32"}
@@ -68,9 +69,24 @@ def library() -> Any:
     return openvino
 
 
+def core(openvino: Any) -> Any:
+    """Return OpenVINO's Core, one for this process, which keeps it to its end.
+
+    A Core's plugin gives signals another stack in the thread that loads it, and unmaps that stack as it goes. Of two
+    Cores that go in the order they came the first one's stays in use: the next signal ends the process (2026.4).
+    """
+    with _ONE_AT_A_TIME:
+        return _core(openvino)
+
+
+@lru_cache(maxsize=None)
+def _core(openvino: Any) -> Any:
+    return openvino.Core()
+
+
 def supported(openvino: Any, dtype: str) -> bool:
     """Return whether OpenVINO computes in this dtype on this processor."""
-    known: FrozenSet[str] = frozenset(openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES"))
+    known: FrozenSet[str] = frozenset(core(openvino).get_property("CPU", "OPTIMIZATION_CAPABILITIES"))
     return _CAPABILITIES[dtype] in known
 
 
@@ -117,9 +133,9 @@ def only_weights(manifest: Manifest) -> bool:
 
 def _compiled(openvino: Any, file: Path, weights: Path, properties: Dict[str, Any]) -> Any:
     """Return the model of a file for this processor; raises InvalidManifest."""
-    core = openvino.Core()
+    one = core(openvino)
     try:
-        return core.compile_model(core.read_model(str(file), str(weights)), "CPU", properties)
+        return one.compile_model(one.read_model(str(file), str(weights)), "CPU", properties)
     except RuntimeError as error:
         raise InvalidManifest(
             f"{file.name} cannot be loaded by openvino {openvino.__version__}: {last_reason(error)}"

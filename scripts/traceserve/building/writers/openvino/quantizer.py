@@ -8,7 +8,7 @@ import logging
 import re
 from typing import Any, ContextManager
 
-from traceserve_runtime.runtimes.openvino import library
+from traceserve_runtime.runtimes.openvino import core, library
 
 DTYPE = "int8"
 SMALLEST = 1e-12  # a range, and so a scale
@@ -16,7 +16,7 @@ SMALLEST = 1e-12  # a range, and so a scale
 
 def quantizer() -> Any:
     """Import and return NNCF, without telemetry and progress bars; raises ImportError."""
-    library()  # makes the telemetry unimportable
+    core(library())  # before NNCF's own; and without its telemetry
     import nncf
 
     logging.getLogger("nncf").setLevel(logging.ERROR)  # nncf.set_log_level also changes handlers, which may be others'
