@@ -224,13 +224,23 @@ class Watched(Around):
         self._clock += 1e-3 + 1e-4 * positions
 
 
-def watching(engine: Engine) -> Tuple[Engine, Watched]:
-    """Return an engine of the same archive whose steps are noted."""
-    watched: Any = Watched(engine)
-    return Engine(engine.folder, engine.manifest, engine.task, watched), watched
+Watch = Callable[[Engine], Tuple[Engine, Watched]]
 
 
-def test_no_step_has_more_positions_than_the_model(engine_of: Make) -> None:
+@pytest.fixture
+def watching(monkeypatch: pytest.MonkeyPatch) -> Watch:
+    """Return a function that makes an engine of the same archive whose steps are noted, by whose clock parts are planned: the
+    machine may stall for a moment."""
+
+    def watch(engine: Engine) -> Tuple[Engine, Watched]:
+        watched: Any = Watched(engine)
+        monkeypatch.setattr(loop, "time", watched)
+        return Engine(engine.folder, engine.manifest, engine.task, watched), watched
+
+    return watch
+
+
+def test_no_step_has_more_positions_than_the_model(engine_of: Make, watching: Watch) -> None:
     """Where one text takes another's room to the end, and is not long enough for it itself."""
     engine = engine_of("llama", "torchscript")
     words = VERY_LONG.split()
@@ -248,7 +258,7 @@ def test_no_step_has_more_positions_than_the_model(engine_of: Make) -> None:
     assert max(length for _, length in watched.attended) == engine.manifest.max_length
 
 
-def test_room_that_only_a_long_prompt_needed_is_given_back(engine_of: Make) -> None:
+def test_room_that_only_a_long_prompt_needed_is_given_back(engine_of: Make, watching: Watch) -> None:
     engine = engine_of("llama", "torchscript")
     requests = [
         Request({"text": VERY_LONG[:250]}, {"max_new_tokens": 3}),
@@ -425,11 +435,10 @@ def test_the_build_finds_out_whether_prompts_can_be_read_so(architecture: str, s
         assert 0 < manifest.receipt[IN_PARTS]["largest_difference"] < 1e-4
 
 
-def test_nobodys_tokens_wait_for_a_long_prompt(engine_of: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nobodys_tokens_wait_for_a_long_prompt(engine_of: Make, watching: Watch) -> None:
     engine = engine_of("llama", "torchscript")
     alone = [value_of(each) for each in engine.answer([LONG, SHORT])]
     parts, watched = watching(engine)
-    monkeypatch.setattr(loop, "time", watched)  # the machine may stall for a moment
     work = Work(parts, Stats(), 0.0)
     [short] = work.join([SHORT], [None])
     work.turn()
@@ -441,8 +450,8 @@ def test_nobodys_tokens_wait_for_a_long_prompt(engine_of: Make, monkeypatch: pyt
     assert max(read) < 64 and sum(read) < 140  # a turn reads for as long as it writes; nothing twice
 
 
-def test_short_prompts_are_read_beside_a_long_one_which_goes_on(engine_of: Make) -> None:
-    engine = engine_of("llama", "torchscript")
+def test_short_prompts_are_read_beside_a_long_one_which_goes_on(engine_of: Make, watching: Watch) -> None:
+    engine, _ = watching(engine_of("llama", "torchscript"))
     work = Work(engine, Stats(), 0.0)
     [long] = work.join([LONG], [None])
     work.turn()
@@ -454,8 +463,8 @@ def test_short_prompts_are_read_beside_a_long_one_which_goes_on(engine_of: Make)
     assert turns_until(work, long) < 128 / LEAST_PART + 4
 
 
-def test_long_prompts_are_read_one_after_another(engine_of: Make) -> None:
-    engine = engine_of("llama", "torchscript")
+def test_long_prompts_are_read_one_after_another(engine_of: Make, watching: Watch) -> None:
+    engine, _ = watching(engine_of("llama", "torchscript"))
     expected = value_of(engine.answer([LONG])[0])
     work = Work(engine, Stats(), 0.0)
     pending = work.join([LONG] * 3, [None] * 3)
@@ -466,7 +475,7 @@ def test_long_prompts_are_read_one_after_another(engine_of: Make) -> None:
     assert done == [0, 1, 2] and [value_of(each.answer()) for each in pending] == [expected] * 3
 
 
-def test_who_leaves_while_it_is_read_is_read_no_further(engine_of: Make) -> None:
+def test_who_leaves_while_it_is_read_is_read_no_further(engine_of: Make, watching: Watch) -> None:
     engine = engine_of("llama", "torchscript")
     parts, watched = watching(engine)
     work = Work(parts, Stats(), 0.0)
@@ -501,7 +510,7 @@ def test_a_part_that_fails_changes_no_answer(engine_of: Make) -> None:
     assert failed and [value_of(each.answer()) for each in pending] == alone
 
 
-def test_an_archive_that_does_not_say_so_reads_prompts_whole(engine_of: Make) -> None:
+def test_an_archive_that_does_not_say_so_reads_prompts_whole(engine_of: Make, watching: Watch) -> None:
     """As one of an earlier version: whole prompts still take turns."""
     engine = engine_of("llama", "torchscript")
     runtime = {name: value for name, value in engine.manifest.runtime.items() if name != IN_PARTS}
@@ -516,7 +525,7 @@ def test_an_archive_that_does_not_say_so_reads_prompts_whole(engine_of: Make) ->
     assert [shape for shape in watched.read if shape[1] > 1] == [watched.read[0]] * 2
 
 
-def test_parts_get_longer_where_the_model_is_fast_and_nobody_writes(engine_of: Make) -> None:
+def test_parts_get_longer_where_the_model_is_fast_and_nobody_writes(engine_of: Make, watching: Watch) -> None:
     parts, watched = watching(engine_of("llama", "torchscript"))
     work = Work(parts, Stats(), 0.05)  # this model reads thousands of positions in that time
     for _ in range(5):
