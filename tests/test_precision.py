@@ -558,6 +558,20 @@ def test_speeds_are_of_every_artifact(made: Maker) -> None:
     assert told[-1] == (speeds.ROUNDS, speeds.ROUNDS)
 
 
+def test_a_slow_model_is_asked_less(made: Maker, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A round has one call's requests at least, where there are so many."""
+    engine = Engine.load(made("bert", "float32")[0])
+    requests = 3 * [Request({"text": text}) for text in SENTENCES]
+    assert speeds.in_a_round(engine, requests) == speeds.MOST
+    monkeypatch.setattr(speeds, "SECONDS", 0)
+    assert speeds.in_a_round(engine, requests) == speeds.AT_ONCE and speeds.in_a_round(engine, requests[:3]) == 3
+    asked: List[int] = []
+    own = speeds.answer_round
+    monkeypatch.setattr(speeds, "answer_round", lambda one, those: (asked.append(len(those)), own(one, those))[1])
+    speeds.measure_speeds({"": made("bert", "float32")[0]}, requests, lambda *_: None)
+    assert asked == [speeds.AT_ONCE] * (1 + speeds.ROUNDS)
+
+
 # Legal configurations
 
 

@@ -15,6 +15,7 @@ from traceserve.building.progress import Progress
 
 AT_ONCE = 32  # requests per engine call, like TorchServe's batch_size
 MOST = 256  # requests per round
+SECONDS = 10  # that a round takes, about: a model of 600 million parameters would need minutes for all
 ROUNDS = 3
 
 
@@ -27,14 +28,22 @@ def answer_round(engine: Engine, requests: Sequence[Request]) -> Tuple[List[Unio
     return answers, time.perf_counter() - started
 
 
+def in_a_round(engine: Engine, requests: Sequence[Request]) -> int:
+    """Return how many of these requests the engine answers in a round: those of one call at least, `MOST` at most."""
+    first = requests[:AT_ONCE]
+    _, seconds = answer_round(engine, first)
+    return max(len(first), min(MOST, int(len(first) * SECONDS / seconds)))
+
+
 def measure_speeds(folders: Mapping[str, Path], requests: Sequence[Request], progress: Progress) -> Dict[str, float]:
-    """Return each artifact's requests per second: medians of rounds that alternate between all."""
+    """Return each artifact's requests per second: medians of rounds that alternate between all, of as many requests as the
+    slowest one answers in a round."""
     engines = {name: Engine.load(folder) for name, folder in folders.items()}
     seconds: Dict[str, List[float]] = {name: [] for name in engines}
     for engine in engines.values():
         engine.warm_up()
         engine.scheduler.measure()
-    asked = requests[:MOST]
+    asked = requests[: min(in_a_round(engine, requests) for engine in engines.values())]
     for step in range(ROUNDS):
         for name, engine in engines.items():
             progress("measuring", step, ROUNDS)

@@ -25,7 +25,7 @@ from traceserve_runtime.tasks.contract import Request
 from traceserve_runtime.tasks.generating import Generating
 from traceserve_runtime.texts.rows import Encoded, Row
 
-from traceserve.building.speeds import ROUNDS, answer_round
+from traceserve.building.speeds import ROUNDS, answer_round, in_a_round
 from traceserve.errors import ExportError
 
 _ALONE = 64  # requests asked one by one
@@ -79,13 +79,14 @@ def measure_engine(folder: Path, requests: List[Request], threads: int) -> Engin
         return _writing_figures(engine, requests, loaded)._replace(refused=len(errors))
     engine.make_ready()
     engine.scheduler.measure()
-    rounds = [answer_round(engine, requests)[1] for _ in range(ROUNDS)]
+    asked = requests[: in_a_round(engine, requests)]
+    rounds = [answer_round(engine, asked)[1] for _ in range(ROUNDS)]
     alone = []
     for request in requests[:_ALONE]:
         began = time.perf_counter()
         engine.answer([request])
         alone.append(time.perf_counter() - began)
-    per_second = len(requests) / statistics.median(rounds)
+    per_second = len(asked) / statistics.median(rounds)
     return EngineFigures(loaded, _memory(), 1000 * statistics.median(alone), per_second, refused=len(errors))
 
 
