@@ -16,6 +16,7 @@ from traceserve.commands.contract import Command
 from traceserve.commands.printing import (
     ProgressBar,
     console,
+    figure,
     megabytes,
     print_findings,
     print_line,
@@ -334,12 +335,12 @@ def _print_candidates(exported: Exported) -> None:
             candidate.dtype,
             _changed(found) if found else "",
             f"{found.largest_difference:.1e}" if found else "",
-            *([f"{speed:,.0f}", f"{speed / compared.speed:.2f}"] if compared and speed else [""] * len(speeds)),
+            *([figure(speed), f"{speed / compared.speed:.2f}"] if compared and speed else [""] * len(speeds)),
             megabytes(candidate.size) if candidate.size else "",
             "taken" if taken else "refused",
         )
     if compared:
-        table.add_row("float32", "", "", f"{compared.speed:,.0f}", "1.00", megabytes(compared.size), compared.save_mode)
+        table.add_row("float32", "", "", figure(compared.speed), "1.00", megabytes(compared.size), compared.save_mode)
     console().print(table, highlight=False)
 
 
