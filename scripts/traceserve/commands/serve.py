@@ -129,6 +129,7 @@ def _serve(options: argparse.Namespace) -> int:
     from traceserve.errors import ServerError
     from traceserve.serving import instances, server
     from traceserve.serving.front import FrontendOptions
+    from traceserve.serving.log import last_words
     from traceserve.serving.plan import Scaling
 
     started = time.monotonic()
@@ -163,7 +164,7 @@ def _serve(options: argparse.Namespace) -> int:
         except BaseException:  # an interrupt, as from a container or systemd
             instances.stop(instance)
             raise
-        raise ServerError(f"the server ended{instances.last_words(instance)}")
+        raise ServerError(f"the server ended{last_words(Path(instance.folder))}")
     return 0
 
 

@@ -8,6 +8,7 @@ import datetime
 import signal
 import threading
 import time
+from pathlib import Path
 from typing import TYPE_CHECKING, Dict, Iterator, List, NamedTuple, Optional, Sequence, Tuple
 
 from traceserve.commands.arguments import number_in
@@ -275,10 +276,10 @@ def _line(archive: _Archive) -> str:
 
 
 def _print_dead(instance: Instance) -> None:
-    from traceserve.serving import instances
+    from traceserve.serving.log import last_words
 
     print_line(
-        f"{', '.join(instance.names)} on port {instance.port} died{instances.last_words(instance)}\n  its log, kept until "
+        f"{', '.join(instance.names)} on port {instance.port} died{last_words(Path(instance.folder))}\n  its log, kept until "
         f"the next `traceserve serve` or `traceserve stop --port {instance.port}`: {instance.log}"
     )
 

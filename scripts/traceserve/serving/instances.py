@@ -27,8 +27,6 @@ from traceserve.serving.engines import RAY, TORCHSERVE
 
 _KEPT = 5  # folders of dead servers kept until their failure was shown; older ones go
 _REPLICA = re.compile(r"ray::ServeReplica:([^:]+)")
-# Words of a JVM or operating system for a process's end.
-_REASON = re.compile(r"\b\w*(Error|Exception)\b|[Oo]ut of memory|Killed|SIG[A-Z]+|fatal|No space left")
 _READABLE = ("logs", "run")  # kept of a dead server
 CERTIFICATE_AND_KEY = "run/tls.pem"  # in a cluster's folder, for its HAProxy
 RAY_KEY, TORCHSERVE_KEYS = "run/key", "run/key_file.json"  # in a server's folder
@@ -275,18 +273,6 @@ def wait(instance: Instance, poll: float = 0.5) -> None:
     """Return when the server has ended."""
     while instance.process is not None:
         time.sleep(poll)
-
-
-def last_words(instance: Instance) -> str:
-    """Return why a server ended, according to its log, as the end of a sentence."""
-    text = "".join(
-        path.read_text(encoding="utf-8", errors="replace")
-        for path in (instance.log.with_name("start.log"), instance.log)
-        if path.is_file()
-    )
-    lines = [line.strip() for line in text.splitlines() if line.strip() and "[cds]" not in line]
-    told = [line for line in lines if _REASON.search(line)]
-    return f": {(told or lines)[-1]}" if lines else " without a message in its log"
 
 
 def stop(instance: Instance, at_once: bool = False) -> None:

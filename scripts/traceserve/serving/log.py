@@ -1,10 +1,13 @@
-"""TorchServe's logs: load failures of workers, and the last line."""
+"""TorchServe's logs: load failures of workers, and why a server ended."""
 
 from __future__ import annotations
 
 import re
 from pathlib import Path
 from typing import Optional
+
+# Words of a JVM or operating system for a process's end.
+_REASON = re.compile(r"\b\w*(Error|Exception)\b|[Oo]ut of memory|Killed|SIG[A-Z]+|fatal|No space left")
 
 
 def load_failure(log: Path, start: int = 0) -> Optional[str]:
@@ -30,10 +33,10 @@ def load_failure(log: Path, start: int = 0) -> Optional[str]:
     return match.group(1).strip() if match else None
 
 
-def log_tail(folder: Path) -> str:
-    """Return the last line of the logs in a server's folder, as the end of an error."""
-    for log in (folder / "logs" / "server.log", folder / "logs" / "start.log"):
-        lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines() if log.is_file() else []
-        if lines:
-            return f": {lines[-1]}"
-    return ""
+def last_words(folder: Path) -> str:
+    """Return why the server in a folder ended, according to its logs, as the end of a sentence."""
+    logs = [folder / "logs" / name for name in ("start.log", "server.log")]
+    text = "".join(log.read_text(encoding="utf-8", errors="replace") for log in logs if log.is_file())
+    lines = [line.strip() for line in text.splitlines() if line.strip() and "[cds]" not in line]
+    told = [line for line in lines if _REASON.search(line)]
+    return f": {(told or lines)[-1]}" if lines else " without a message in its log"

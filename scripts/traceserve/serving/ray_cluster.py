@@ -28,6 +28,7 @@ from traceserve.errors import ServerError
 from traceserve.machine.private_files import write_private
 from traceserve.serving import configuration, instances, keys, ray_applications, ray_guard
 from traceserve.serving.instances import Instance
+from traceserve.serving.log import last_words
 from traceserve.serving.plan import Archive, Scaling, ServerPlan
 
 # For "run/session_2026-11-26_22-22-43_885418_1234567/sockets/plasma_store", Ray's longest socket below a server's
@@ -316,11 +317,11 @@ def _wait_for_cluster(plan: ServerPlan, instance: Instance, address: str) -> Non
     log = plan.folder / "logs" / "server.log"
     while time.monotonic() < deadline:
         if instance.process is None:
-            raise ServerError(f"Ray ended{instances.last_words(instance)}")
+            raise ServerError(f"Ray ended{last_words(plan.folder)}")
         if "Ray runtime started" in log.read_text(encoding="utf-8", errors="replace"):
             return
         time.sleep(0.1)
-    raise ServerError(f"Ray did not start at {address} within {plan.timeout:.0f} s{instances.last_words(instance)}")
+    raise ServerError(f"Ray did not start at {address} within {plan.timeout:.0f} s{last_words(plan.folder)}")
 
 
 def _cores(archive: Archive, scaling: Scaling) -> int:

@@ -30,7 +30,7 @@ from traceserve.serving import client, configuration, instances, java, keys, man
 from traceserve.serving.engines import DEFAULT_PORT, RAY, TORCHSERVE
 from traceserve.serving.front import FrontendOptions
 from traceserve.serving.instances import Instance
-from traceserve.serving.log import load_failure, log_tail
+from traceserve.serving.log import last_words, load_failure
 from traceserve.serving.plan import Archive, Scaling, ServerPlan, planned
 
 _SLACK = 0.5  # seconds an answer may take after the frontend's own limit
@@ -148,7 +148,7 @@ def _remembered(plan: ServerPlan, ports: Tuple[int, int], pid: int, management_s
     try:
         started = psutil.Process(pid).create_time()
     except psutil.NoSuchProcess:
-        raise ServerError(f"TorchServe ended as soon as it was started{log_tail(plan.folder)}") from None
+        raise ServerError(f"TorchServe ended as soon as it was started{last_words(plan.folder)}") from None
     management_port, metrics_port = ports
     certificate = plan.front.certificate
     instance = Instance(
@@ -316,4 +316,4 @@ def _check_alive(instance: Instance, name: Optional[str]) -> None:
     if reason:
         raise ServerError(f"the worker of {name or instance.names[0]} cannot load the archive: {reason}")
     if instance.process is None:
-        raise ServerError(f"TorchServe ended{log_tail(Path(instance.folder))}")
+        raise ServerError(f"TorchServe ended{last_words(Path(instance.folder))}")
