@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
+import re
+import socket
 import subprocess
 import sys
 import tempfile
@@ -20,7 +23,7 @@ from test_client import answering
 from traceserve import cli
 from traceserve.archives import staging
 from traceserve.errors import ServerError
-from traceserve.serving import configuration, instances, server, stopping
+from traceserve.serving import configuration, instances, server, server_lock, stopping
 from traceserve.serving.engines import RAY
 from traceserve.serving.instances import Instance
 from traceserve.serving.log import last_words, load_failure
@@ -65,8 +68,7 @@ def remembered(processes: List[subprocess.Popen[bytes]], port: int = 18000, **ch
 
 
 def kill(instance: Instance) -> None:
-    process = instance.process
-    assert process is not None
+    process = psutil.Process(instance.pid)
     process.kill()
     process.wait()
 
@@ -242,6 +244,30 @@ def test_a_server_of_another_machine_is_not_judged(processes: Any) -> None:
     assert list((Path(os.environ["XDG_STATE_HOME"]) / "traceserve" / "servers").iterdir())
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="it has no such locks")
+def test_a_server_of_an_ended_container_is_known_by_its_folders_lock(processes: Any) -> None:
+    """Or of this machine before it was started again; whatever process has its pid now."""
+    node, *_ = server_lock.this_machine().split()
+    others = [f"{node} another-boot 1", server_lock.this_machine() + "1"]
+    died = [remembered(processes, 18000 + i, machine=machine, locked=True) for i, machine in enumerate(others)]
+    unknown = [
+        remembered(processes, 18010, machine="another one", locked=True),  # which shares the folder, but no locks
+        remembered(processes, 18011, machine=others[0]),  # as an earlier version started it
+    ]
+    with contextlib.ExitStack() as running:
+        for instance in died:
+            assert running.enter_context(server_lock.locked(Path(instance.folder))) is not None
+        assert instances.running() == instances.died() == []
+    assert instances.running() == [] and {instance.port for instance in instances.died()} == {18000, 18001}
+    assert [sorted(os.listdir(instance.folder)) for instance in died] == [["logs", "run"]] * 2
+    for instance in instances.died():
+        instances.mark_seen(instance)
+    instances.sweep()
+    assert not any(Path(instance.folder).exists() for instance in died)
+    assert all(Path(instance.folder, "store", "weights").is_file() for instance in unknown)
+    assert len(list((Path(os.environ["XDG_STATE_HOME"]) / "traceserve" / "servers").iterdir())) == 2
+
+
 def test_the_log_of_a_dead_server_is_kept_until_somebody_has_seen_it(
     processes: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -372,6 +398,41 @@ def test_an_interrupted_start_leaves_nothing_running(mar: Path, where: str, monk
     assert any("ModelServer" in arguments for arguments in seen[0])
     assert launched() == [] and os.listdir(tempfile.gettempdir()) == []
     assert instances.running() == [] and instances.died() == []
+
+
+def test_of_two_starts_on_one_port_the_second_says_that_it_is_taken(mar: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both had found it free; the reason is in the JVM's output, not in its log."""
+    monkeypatch.setattr(server, "_check_port", lambda *_: None)
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        with pytest.raises(ServerError, match="^TorchServe ended: .*Address already in use$"):
+            server.start([mar], port=taken.getsockname()[1])
+    assert launched() == [] and os.listdir(tempfile.gettempdir()) == []
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="it has no /tmp")
+@pytest.mark.parametrize("name", ["R&D", "a#b", "${date}", "100%25", "a,b", "jörg", "a" * 100])
+def test_a_temporary_folder_whose_path_would_mean_something_else_is_not_used(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To XML, a URL, Log4j, or as a socket's path."""
+    (tmp_path / name).mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / name))
+    made = server._new_folder(18000, "tmp/.ts.sock.65535")
+    made.rmdir()
+    assert made.parent == Path("/tmp") and os.listdir(tmp_path / name) == []
+    real = tempfile.mkdtemp
+    monkeypatch.setattr(tempfile, "mkdtemp", lambda prefix, dir: real(prefix=prefix, dir=dir or tmp_path / name))
+    monkeypatch.setattr(server, "_PLAIN", re.compile("nothing"))
+    with pytest.raises(ServerError, match="; set TMPDIR to one with a shorter path of letters and digits$"):
+        server._new_folder(18000, "tmp/.ts.sock.65535")
+    assert os.listdir(tmp_path / name) == []
+
+
+def test_a_temporary_folder_of_plain_characters_is_used() -> None:
+    place = Path(tempfile.mkdtemp(prefix="a b+c-d.e_f"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tempfile, "tempdir", str(place))
+        assert server._new_folder(18000, "tmp/.ts.sock.65535").parent == place
 
 
 def test_an_interrupt_in_the_midst_of_a_start_leaves_nothing(mar: Path, tmp_path: Path) -> None:

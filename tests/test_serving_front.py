@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import http.client
 import json
+import os
 import socket
 import ssl
 import sys
@@ -44,6 +45,7 @@ def served(artifact: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator
     front = FrontendOptions("https://example.org", certificate, key, queue=2, largest_body=1, metrics_port=metrics)
     packed = pack_archive(artifact, "tiny", folder)
     instance = server.start([packed], HOST, port, timeout=180, front=front)
+    pair(folder)  # renewed: the server goes on with the earlier ones
     yield instance
     instances.stop(instance)
 
@@ -66,6 +68,20 @@ def test_it_speaks_tls_and_our_own_commands_do(served: Instance, capsys: pytest.
     assert ask(served, "POST", "Yes.")[0] == 200
     assert cli.main(["predict", "tiny", "--port", str(served.port), "Yes."]) == 0
     assert "label" in json.loads(capsys.readouterr().out)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="it has no such locks")
+def test_its_folder_is_locked_as_long_as_it_runs(served: Instance) -> None:
+    """So systemd-tmpfiles, which removes what has lain in /tmp for ten days, skips it and all below it."""
+    import fcntl
+
+    descriptor = os.open(served.folder, os.O_RDONLY)
+    try:
+        with pytest.raises(BlockingIOError):
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    finally:
+        os.close(descriptor)
+    assert served.locked
 
 
 def test_its_metrics_are_read_where_they_are(served: Instance) -> None:

@@ -38,6 +38,7 @@ def secured(
     port = configuration.free_ports(1)[0]
     instance = server.start(archives[:1], "0.0.0.0", port, timeout=180, engine=RAY, front=front)
     key.unlink()  # a copy is the server's own
+    certificate.unlink()
     strict = ssl.create_default_context()
     authority.configure_trust(strict)
     yield instance, strict

@@ -6,8 +6,6 @@ import contextlib
 import dataclasses
 import ipaddress
 import json
-import os
-import platform
 import re
 import shutil
 import time
@@ -21,7 +19,7 @@ from traceserve_runtime.manifest import Manifest
 from traceserve.errors import ServerError
 from traceserve.machine import user_folders
 from traceserve.machine.private_files import write_private
-from traceserve.serving import java, stopping
+from traceserve.serving import java, server_lock, stopping
 from traceserve.serving.client import Address
 from traceserve.serving.engines import RAY, TORCHSERVE
 
@@ -48,7 +46,7 @@ class Instance:
     folder: str
     key: Optional[str]  # for predictions, if token authorization is on
     management_key: Optional[str]
-    machine: str = dataclasses.field(default_factory=lambda: this_machine())
+    machine: str = dataclasses.field(default_factory=server_lock.this_machine)
     seen: bool = False  # its failure was shown to somebody
     certificate: Optional[str] = None  # the file of its certificate, if it uses TLS
     engine: str = TORCHSERVE
@@ -57,6 +55,7 @@ class Instance:
     trusted: Optional[str] = None  # the file by which signatures are checked, if they are demanded
     ticks: Optional[int] = None  # start of the process on the clock that nobody sets, see `ticks_of`
     metrics_host: str = "127.0.0.1"
+    locked: bool = False  # its folder, as long as it runs
 
     @property
     def url(self) -> str:
@@ -80,6 +79,8 @@ class Instance:
     @property
     def process(self) -> Optional[psutil.Process]:
         """The running process, or None."""
+        if self.machine != server_lock.this_machine():  # its pid is another process's here
+            return None
         with contextlib.suppress(psutil.Error):
             process = psutil.Process(self.pid)
             if self._is(process) and process.status() != psutil.STATUS_ZOMBIE:
@@ -172,7 +173,7 @@ def is_remembered(folder: Path) -> bool:
 
 def _remembered() -> Iterator[Instance]:
     """Yield this machine's servers with a state file. Those of other machines or containers that share the home
-    are skipped: their processes are not visible here."""
+    are skipped, since their processes are not visible here, unless their folder's lock shows that they have ended."""
     found: List[Instance] = []
     for path in _state_folder().glob("*.json"):
         try:
@@ -180,18 +181,11 @@ def _remembered() -> Iterator[Instance]:
             instance = Instance(**{**content, "names": tuple(content["names"]), "workers": dict(content["workers"])})
         except (ValueError, TypeError, KeyError, FileNotFoundError):
             continue  # being removed, or from another version
-        if instance.machine == this_machine():
+        if instance.machine == server_lock.this_machine() or (
+            instance.locked and server_lock.is_released(Path(instance.folder), instance.machine)
+        ):
             found.append(instance)
     return iter(sorted(found, key=lambda instance: (instance.port, instance.started)))
-
-
-def this_machine() -> str:
-    """Identify this machine, and if possible this container, among others with the same pids."""
-    parts = [platform.node()]
-    with contextlib.suppress(OSError):
-        parts.append(Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip())
-        parts.append(str(os.stat("/proc/self/ns/pid").st_ino))
-    return " ".join(parts)
 
 
 def find_instance(port: Optional[int]) -> Instance:

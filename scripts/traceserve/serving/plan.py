@@ -58,6 +58,7 @@ class ServerPlan:
     progress: Callable[[str], None]
     engine: str
     folder: Path = Path()
+    lock: Optional[int] = None  # the descriptor of the locked folder, for the server to inherit
     scaling: Scaling = Scaling()
     trusted: Optional[str] = None  # the server's own copy of what signatures are checked by, if they are demanded
 

@@ -259,6 +259,7 @@ def _start(plan: ServerPlan, ports: Mapping[str, int], variables: Mapping[str, s
             stdout=log,
             stderr=log,
             start_new_session=True,
+            pass_fds=() if plan.lock is None else (plan.lock,),
         )
     _STARTED.append(started)
     return psutil.Process(started.pid)
@@ -279,8 +280,9 @@ def _remembered(plan: ServerPlan, process: psutil.Process, metrics_port: int, ke
         key=key,
         management_key=None,
         engine=plan.engine,
-        certificate=None if plan.front.certificate is None else str(plan.front.certificate.resolve()),
+        certificate=None if plan.front.certificate is None else str(plan.front.certificate),
         trusted=plan.trusted,
+        locked=plan.lock is not None,
     )
     instances.remember(instance)
     return instance

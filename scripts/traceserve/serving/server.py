@@ -26,7 +26,7 @@ from traceserve.archives import signing, staging
 from traceserve.archives.model_config import Serving
 from traceserve.errors import ServerError, last_line
 from traceserve.machine import neuron_cores
-from traceserve.serving import client, configuration, instances, java, keys, management, ray_cluster
+from traceserve.serving import client, configuration, instances, java, keys, management, ray_cluster, server_lock
 from traceserve.serving.engines import DEFAULT_PORT, RAY, TORCHSERVE
 from traceserve.serving.front import FrontendOptions
 from traceserve.serving.instances import Instance
@@ -37,6 +37,8 @@ _SLACK = 0.5  # seconds an answer may take after the frontend's own limit
 
 _LONGEST_SOCKET_PATH = 103  # bytes, on macOS; Linux has 107
 _WARNING = re.compile(r"^\S+ +(?:WARN|ERROR) .*$", re.MULTILINE)
+# Characters of a path that mean nothing else in XML, URLs, Log4j's patterns and HAProxy's configuration.
+_PLAIN = re.compile(r"[\w /.+-]*", re.ASCII)
 _FOLDER = re.compile(r"traceserve-\d+-[a-z0-9_]{8}")  # the names by _new_folder
 
 
@@ -80,13 +82,10 @@ def _started(plan: ServerPlan, trusted: Optional[signing.Trusted]) -> Instance:
         _check_port(plan.host, plan.front.metrics_port, "--metrics-port")
     plan.front.check(kind.only_rsa)
     _sweep()
-    with staging.held(_new_folder(plan.port, kind.longest_socket)) as folder:
-        plan = dataclasses.replace(plan, folder=folder)
+    with staging.held(_new_folder(plan.port, kind.longest_socket)) as folder, server_lock.locked(folder) as lock:
+        plan = dataclasses.replace(plan, folder=folder, lock=lock)
         try:
-            if trusted is not None:  # for updates from the first moment on, whatever becomes of the user's file
-                own = folder / "trusted.pem"
-                own.write_bytes(trusted.content)
-                plan = dataclasses.replace(plan, trusted=str(own))
+            plan = _with_copies(plan, trusted)
             instance = kind.launch(plan)
             for archive in plan.archives.values():
                 plan.progress(f"waiting for {archive.name} to answer")
@@ -96,6 +95,19 @@ def _started(plan: ServerPlan, trusted: Optional[signing.Trusted]) -> Instance:
             instances.end_started_in(folder)
             raise
     return instance
+
+
+def _with_copies(plan: ServerPlan, trusted: Optional[signing.Trusted]) -> ServerPlan:
+    """Copy into the server's folder what our later commands check by, whatever becomes of the user's files."""
+    if trusted is not None:
+        own = plan.folder / "trusted.pem"
+        own.write_bytes(trusted.content)
+        plan = dataclasses.replace(plan, trusted=str(own))
+    if plan.front.certificate is not None:
+        served = plan.folder / "certificate.pem"
+        served.write_bytes(plan.front.certificate.read_bytes())
+        plan = dataclasses.replace(plan, front=dataclasses.replace(plan.front, certificate=served))
+    return plan
 
 
 def _launch_torchserve(plan: ServerPlan) -> Instance:
@@ -110,7 +122,7 @@ def _launch_torchserve(plan: ServerPlan) -> Instance:
     ports, settings = configuration.configure_server(
         folder, plan.files, plan.changed, plan.host, plan.port, front, private
     )
-    pid = launch(folder, settings, {**needed_by_java, **needed})
+    pid = launch(folder, settings, {**needed_by_java, **needed}, plan.lock)
     instance = _remembered(plan, ports, pid, str(folder / management.SOCKET) if private else None)
     if configuration.demands_keys(plan.host, front):
         instance = _with_keys(instance, plan.timeout)
@@ -163,11 +175,12 @@ def _remembered(plan: ServerPlan, ports: Tuple[int, int], pid: int, management_s
         str(plan.folder),
         None,
         None,
-        certificate=None if certificate is None else str(certificate.resolve()),
+        certificate=None if certificate is None else str(certificate),
         management_socket=management_socket,
         trusted=plan.trusted,
         ticks=instances.ticks_of(pid),
         metrics_host=plan.host if plan.front.metrics_port else "127.0.0.1",
+        locked=plan.lock is not None,
     )
     instances.remember(instance)
     return instance
@@ -184,20 +197,21 @@ def _sweep() -> None:
 
 
 def _new_folder(port: int, longest_socket: str) -> Path:
-    """Make a temporary folder for an engine's sockets, whose paths have a limit; raises ServerError."""
+    """Make a temporary folder for an engine's sockets and configuration, which limit its path; raises ServerError."""
     made: List[Path] = []
     for place in (None, "/tmp"):
         with contextlib.suppress(OSError):
             made.append(Path(tempfile.mkdtemp(prefix=f"traceserve-{port}-", dir=place)))
-            if len(os.fsencode(made[-1] / longest_socket)) <= _LONGEST_SOCKET_PATH:
+            short = len(os.fsencode(made[-1] / longest_socket)) <= _LONGEST_SOCKET_PATH
+            if short and all(_PLAIN.fullmatch(str(path)) for path in (made[-1], made[-1].resolve())):
                 for unused in made[:-1]:
                     unused.rmdir()
                 return made[-1]
     for unused in made:
         unused.rmdir()
     raise ServerError(
-        f"the temporary folder {tempfile.gettempdir()} has too long a path for the sockets of the server; "
-        "set TMPDIR to one with a shorter path"
+        f"the temporary folder {tempfile.gettempdir()} has too long a path for the sockets of the server, or one with "
+        "special characters; set TMPDIR to one with a shorter path of letters and digits"
     )
 
 
@@ -216,9 +230,10 @@ def _check_port(host: str, port: int, option: str = "--port") -> None:
             ) from None
 
 
-def launch(folder: Path, settings: Dict[str, Path], needed: Dict[str, str]) -> int:
-    """Run `torchserve --start` with the needed environment; returns the pid of its JVM."""
-    command = [sys.executable, "-m", "ts.model_server", "--start", "--no-config-snapshots"]
+def launch(folder: Path, settings: Dict[str, Path], needed: Dict[str, str], lock: Optional[int] = None) -> int:
+    """Run `torchserve --start` with the needed environment; returns the pid of its JVM, which inherits the lock."""
+    keeper = [] if lock is None else ["traceserve.serving.lock_keeper", str(lock)]
+    command = [sys.executable, "-m", *keeper, "ts.model_server", "--start", "--no-config-snapshots"]
     command += [part for option, value in settings.items() for part in (f"--{option}", str(value))]
     variables = {
         **{key: value for key, value in os.environ.items() if not key.startswith("TS_")},
@@ -240,6 +255,7 @@ def launch(folder: Path, settings: Dict[str, Path], needed: Dict[str, str]) -> i
             stdout=log,
             stderr=log,
             start_new_session=True,
+            pass_fds=() if lock is None else (lock,),
         )
     pid_file = folder / "tmp" / ".model_server.pid"
     if result.returncode or not pid_file.is_file():
