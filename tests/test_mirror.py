@@ -7,7 +7,7 @@ import os
 import socket
 import time
 from pathlib import Path
-from typing import Iterator, List
+from typing import Any, Iterator, List
 
 import pytest
 from traceserve_runtime.mirror import Mirror
@@ -90,6 +90,46 @@ def test_nobody_waits_for_a_listener(listener: socket.socket, tmp_path: Path) ->
     listener.close()
     mirror.show(SERVED, REQUESTS[:1], ANSWERS[:1])
     assert time.monotonic() - started < 5
+
+
+def test_a_listener_that_was_killed_is_asked_for_no_longer(
+    listener: socket.socket, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its document and its socket's file stay; until another document is written."""
+    ask_for(tmp_path, 1.0)
+    listener.close()
+    mirror = Mirror(str(tmp_path / "mirror.json"))
+    with monkeypatch.context() as patch:
+        patch.setattr("traceserve_runtime.mirror._written", None)
+        mirror.show(SERVED, REQUESTS[:1], ANSWERS[:1])
+        patch.setattr(socket, "socket", None)
+        mirror.show(SERVED, REQUESTS[:1], ANSWERS[:1])
+    (tmp_path / "m.sock").unlink()
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as another:
+        another.bind(str(tmp_path / "m.sock"))
+        another.settimeout(0)
+        ask_for(tmp_path, 1.0, when=2)
+        mirror.show(SERVED, REQUESTS[:1], ANSWERS[:1])
+        assert len(shown(another)) == 1
+
+
+def test_of_what_no_datagram_holds_little_is_written(
+    listener: socket.socket, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ask_for(tmp_path, 1.0)
+    written: List[int] = []
+    pieces = json.JSONEncoder.iterencode
+
+    def counted(*arguments: Any) -> Iterator[str]:
+        for piece in pieces(*arguments):
+            written.append(len(piece))
+            yield piece
+
+    monkeypatch.setattr(json.JSONEncoder, "iterencode", counted)
+    vectors = Answer([[0.123456789] * 384 for _ in range(1000)])
+    Mirror(str(tmp_path / "mirror.json")).show(SERVED, REQUESTS[:2], [vectors, ANSWERS[0]])
+    assert [each["inputs"] for each in shown(listener)] == [{"text": "text 1"}]
+    assert 0 < sum(written) < 1_000_000  # of 4,600,000
 
 
 def test_a_worker_without_descriptors_answers(

@@ -11,7 +11,7 @@ import json
 import os
 import random
 import socket
-from typing import Optional, Sequence, Tuple
+from typing import List, Optional, Sequence, Tuple
 
 from traceserve_runtime.tasks.contract import Answer, Request
 
@@ -32,13 +32,20 @@ class Mirror:
         """Show a share of a call's requests, and their answers by this name and version."""
         if self._path is None or not self._asked_for(self._path):
             return
+        chosen = [pair for pair in zip(requests, answers) if self._random.random() < self._share]
+        if not chosen:
+            return
         with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sender:
             sender.setblocking(False)
-            for request, answer in zip(requests, answers):
-                if self._random.random() < self._share:
-                    # It is full, gone, or this is too long for it.
-                    with contextlib.suppress(OSError, ValueError, TypeError):
-                        sender.sendto(_written(served, request, answer), self._address)
+            try:
+                sender.connect(self._address)
+            except (ConnectionRefusedError, FileNotFoundError):
+                self._share = 0.0  # its process was killed; until somebody writes another document
+                return
+            longest = sender.getsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF)
+            for request, answer in chosen:
+                with contextlib.suppress(OSError, ValueError, TypeError):  # it is full, or this is too long for it
+                    sender.send(_written(served, request, answer, longest))
 
     def _asked_for(self, path: str) -> bool:
         try:
@@ -53,7 +60,8 @@ class Mirror:
         return True
 
 
-def _written(served: Tuple[str, str], request: Request, answer: Answer) -> bytes:
+def _written(served: Tuple[str, str], request: Request, answer: Answer, longest: int) -> bytes:
+    """The datagram; raises ValueError for one of more bytes, before all of it is written: token vectors take seconds."""
     name, version = served
     shown = {
         "name": name,
@@ -62,4 +70,11 @@ def _written(served: Tuple[str, str], request: Request, answer: Answer) -> bytes
         "parameters": request.parameters,
         "answer": answer.value,
     }
-    return json.dumps(shown).encode("utf-8")
+    pieces: List[str] = []
+    size = 0
+    for piece in json.JSONEncoder().iterencode(shown):
+        size += len(piece)
+        if size > longest:
+            raise ValueError(f"this is longer than {longest} bytes")
+        pieces.append(piece)
+    return "".join(pieces).encode("utf-8")
