@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import platform
+import re
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, Callable, Dict
 
 import pytest
@@ -75,6 +78,38 @@ def test_it_tells_what_it_was_compiled_for(compiled: Path) -> None:
         NO_GRADIENTS: "save mode aot_inductor has none",
     }
     assert {path.name for path in compiled.iterdir()} == {"traceserve.json", *Manifest.read(compiled).files}
+
+
+@pytest.mark.parametrize("named", [True, False])
+def test_nothing_of_it_stays_in_the_temporary_folder(
+    named: bool, compiled: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A worker that is killed could not remove what torch unpacked; and it answers at other shapes without that."""
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    if named:
+        monkeypatch.setenv("TMPDIR", str(tmp_path))
+    else:
+        monkeypatch.delenv("TMPDIR", raising=False)
+    before = dict(os.environ), set(Path("/tmp").glob("aotinductor_*"))
+    engine = Engine.load(compiled)
+    assert not [*tmp_path.glob("aotinductor_*"), *tmp_path.glob("traceserve-*")]
+    assert (os.environ.get("TMPDIR"), set(Path("/tmp").glob("aotinductor_*"))) == (before[0].get("TMPDIR"), before[1])
+    for count in (1, 3, 7):
+        answers = engine.answer([Request({"text": "boat " * count}) for _ in range(count)])
+        assert all(isinstance(answer, Answer) for answer in answers)
+
+
+@pytest.mark.skipif(not hasattr(os, "ST_NOEXEC"), reason="the system does not say so")
+def test_a_temporary_folder_where_no_code_may_run_is_named(
+    compiled: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    monkeypatch.setattr(os, "statvfs", lambda folder: SimpleNamespace(f_flag=os.ST_NOEXEC))
+    with pytest.raises(
+        MissingPackage, match=re.escape(f"the temporary folder {tmp_path}, and no code may run")
+    ) as found:
+        Engine.load(compiled)
+    assert "set TMPDIR to a folder" in found.value.message
 
 
 def test_the_same_bytes_each_time(compiled: Path, checkpoint: Callable[..., Path], tmp_path: Path) -> None:

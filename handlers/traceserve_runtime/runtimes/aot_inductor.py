@@ -52,8 +52,8 @@ class AotInductorRunner(RunsOnce):
 def read(manifest: Manifest, folder: Path, device: str, settings: Settings = Settings()) -> AotInductorRunner:
     """Return the compiled model of `folder` as a runner.
 
-    Raises MissingPackage without torch, with another torch than the compiler's, or if the processor lacks a required
-    instruction: before the code is loaded, since it would end the process.
+    Raises MissingPackage without torch, with another torch than the compiler's, if the processor lacks a required
+    instruction (before the code is loaded, since it would end the process), or where no code may run from TMPDIR.
     """
     if device != "cpu":
         raise MissingPackage(f"the caller asks for the device {device}, but this archive was compiled for the CPU")
@@ -63,6 +63,8 @@ def read(manifest: Manifest, folder: Path, device: str, settings: Settings = Set
     _check(manifest, torch.__version__)
     try:
         model = torch_internals.load_compiled(str(folder / manifest.model_file))
+    except MissingPackage:
+        raise
     except (RuntimeError, ValueError, OSError) as error:
         raise InvalidManifest(
             f"{manifest.model_file} cannot be loaded by torch {torch.__version__}: {reason(error)}"

@@ -8,7 +8,12 @@ archive again.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Callable, List, Optional, Sequence
+import contextlib
+import os
+import shutil
+import tempfile
+import threading
+from typing import TYPE_CHECKING, Any, Callable, Iterator, List, Optional, Sequence
 
 from traceserve_runtime.errors import MissingPackage
 from traceserve_runtime.runtimes import graph as graphs
@@ -22,6 +27,7 @@ PRODUCT = "mkldnn::_linear_pointwise"  # rows and a packed weight; since torch 2
 # Rows in float32, and a weight packed in float16 with its bias, of the type HALF; since torch 1.4.
 HALF_PRODUCT = "quantized::linear_dynamic_fp16"
 HALF = "__torch__.torch.classes.quantized.LinearPackedParamsBase"
+_ONE_LOADS = threading.Lock()
 GRAPH_CLASSES = (graphs.Graph, graphs.Block, graphs.Node, graphs.Value, graphs.Use)
 
 
@@ -231,7 +237,7 @@ def settle_compiler(shapes: int) -> None:
 
 
 def load_compiled(file: str) -> Callable[..., Sequence[torch.Tensor]]:
-    """Load a package of AOTInductor's machine code; raises MissingPackage, since nothing else can run it.
+    """Load a package of AOTInductor's machine code; raises MissingPackage where it cannot, since nothing else can run it.
 
     torch documents this function from 2.6 on; a package only runs with the torch that made it.
     """
@@ -243,5 +249,33 @@ def load_compiled(file: str) -> Callable[..., Sequence[torch.Tensor]]:
             f"this archive was compiled by AOTInductor, and torch {torch.__version__} cannot load it: it lacks "
             "torch._inductor.aoti_load_package; build the archive with another save mode"
         )
-    model: Callable[..., Sequence[torch.Tensor]] = torch._inductor.aoti_load_package(file)
+    with _temporary_folder():
+        model: Callable[..., Sequence[torch.Tensor]] = torch._inductor.aoti_load_package(file)
     return model
+
+
+@contextlib.contextmanager
+def _temporary_folder() -> Iterator[None]:
+    """Let torch's C++ code make its temporary files in a folder that is removed at the end; raises MissingPackage.
+
+    It unpacks a whole model there, and removes that as the model goes: not where its process is killed. The system keeps
+    removed files for as long as they are mapped. Python's own temporary folder stays as it is.
+    """
+    root = tempfile.gettempdir()
+    if hasattr(os, "statvfs") and os.statvfs(root).f_flag & getattr(os, "ST_NOEXEC", 0):
+        raise MissingPackage(
+            f"torch unpacks compiled code into the temporary folder {root}, and no code may run from there (it is mounted with "
+            "noexec); set TMPDIR to a folder where it may"
+        )
+    with _ONE_LOADS:
+        before = os.environ.get("TMPDIR")
+        folder = tempfile.mkdtemp(prefix="traceserve-")
+        os.environ["TMPDIR"] = folder
+        try:
+            yield
+        finally:
+            if before is None:
+                del os.environ["TMPDIR"]
+            else:
+                os.environ["TMPDIR"] = before
+            shutil.rmtree(folder, ignore_errors=True)
