@@ -30,9 +30,9 @@ from conftest import run_export, served_over_http
 from traceserve.archives.archive import pack_archive
 from traceserve.errors import ArchiveError
 from traceserve.serving.keys import write_key
-from traceserve_hosts import asgi, fetching, libraries, loading, ray_config, reason_in, sagemaker, web
+from traceserve_hosts import asgi, fetching, libraries, loading, lock_of_users, ray_config, reason_in, sagemaker, web
 from traceserve_hosts.asgi import Application, Limits, Message, Scope, key_from_environment
-from traceserve_hosts.batcher import Batcher
+from traceserve_hosts.batcher import Asked, Batcher
 from traceserve_hosts.routing import Router, may_stream, messages
 from traceserve_runtime import service as core
 from traceserve_runtime.batching.batches import Stats
@@ -40,7 +40,7 @@ from traceserve_runtime.engine import Engine, Work
 from traceserve_runtime.errors import InvalidManifest
 from traceserve_runtime.manifest import Manifest, sha256
 from traceserve_runtime.protocols.bodies import Headers
-from traceserve_runtime.service import Call, Exchange, Service, Session
+from traceserve_runtime.service import Call, Exchange, Reply, Service, Session
 from traceserve_runtime.tasks import TASKS
 from traceserve_runtime.texts.limits import RequestLimits
 
@@ -455,6 +455,43 @@ def test_a_body_that_comes_steadily_has_more_time(classifier: Service, monkeypat
         return sent
 
     assert run(ask())[0]["status"] == 200
+
+
+@pytest.mark.parametrize("size, parts", [(0, 1), (1 << 18, 1), (1_000_000, 4)])
+def test_a_long_answer_is_sent_in_parts(size: int, parts: int) -> None:
+    """A server waits for its client between two of them, so that it holds little of it."""
+    body = os.urandom(size)
+    sent: List[Message] = []
+
+    async def send(message: Message) -> None:
+        sent.append(message)
+
+    run(asgi._send(send, 200, body, {}, 1.0))
+    assert sent[0]["headers"] == [(b"content-length", str(size).encode())]
+    more = [part.get("more_body", False) for part in sent[1:]]
+    assert more == [True] * (parts - 1) + [False] and b"".join(part["body"] for part in sent[1:]) == body
+
+
+def test_who_does_not_read_a_long_answer_is_left(classifier: Service, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(asgi, "_LEAST_PACE", 1 << 24)  # the system's own buffers hold some MB
+    body = bytes(40_000_000)
+    hosted = Hosted(classifier, Limits(body_seconds=0.5))
+
+    def answered(call: Call) -> Asked:
+        asked = Asked(call)
+        asked.tell(Reply(body))
+        return asked
+
+    monkeypatch.setattr(hosted.batcher, "ask", answered)
+    request = b"POST /predictions/small HTTP/1.1\r\nHost: x\r\nContent-Type: text/plain\r\nContent-Length: 1\r\n\r\nx"
+    with served_over_http(hosted.application) as address, socket.create_connection(address, timeout=10) as reader:
+        reader.sendall(request)
+        time.sleep(4)
+        read = 0
+        with contextlib.suppress(ConnectionError):
+            while part := reader.recv(1 << 20):
+                read += len(part)
+        assert 0 < read < len(body), "it was closed before its end"
 
 
 @pytest.mark.parametrize("body", [b"a&" * 600_000, b"text=" + b"%41" * 400_000, b"&".join([b"a=b"] * 1200)])
@@ -1613,6 +1650,41 @@ def test_an_archive_is_unpacked_once(packed: Path) -> None:
     assert fetching.fetch_archive(str(packed), folder.name) == folder
 
 
+HOLDING = """
+import sys
+from pathlib import Path
+from traceserve_hosts import loading
+loading._keep(Path(sys.argv[1]))
+print("kept", flush=True)
+sys.stdin.read()
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="has no such locks")
+def test_archives_that_nobody_has_used_for_long_are_removed(
+    folders: Dict[str, Path], packed: Path, tmp_path: Path
+) -> None:
+    old, held, another = fetching.fetch_archive(str(packed)), tmp_path / "held", tmp_path / "another"
+    for folder, version in ((held, "2.0"), (another, "3.0")):
+        folder.mkdir()
+        pack_archive(folders["sequence_classification"], "small", folder, version)
+    in_use = fetching.fetch_archive(str(held / "small.mar"))
+    assert old.is_dir() and in_use.is_dir()
+    with subprocess.Popen(
+        [sys.executable, "-c", HOLDING, str(in_use)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout is not None and process.stdout.readline() == "kept\n"
+        for folder in (old, in_use):
+            os.utime(lock_of_users(folder), (0, 0))
+        latest = fetching.fetch_archive(str(another / "small.mar"))
+        assert not old.exists() and in_use.is_dir() and latest.is_dir()
+        process.communicate("")
+    assert fetching.fetch_archive(str(held / "small.mar"), in_use.name) == in_use, "whoever asks for it uses it"
+    os.utime(lock_of_users(in_use), (0, 0))
+    assert fetching.fetch_archive(str(packed)) == old and (old / "traceserve.json").is_file()
+    assert not in_use.exists()
+
+
 def test_an_archive_that_is_exchanged_after_it_was_hashed_is_not_unpacked(
     folders: Dict[str, Path], packed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -1782,6 +1854,15 @@ spins = [os.environ["OMP_WAIT_POLICY"], os.environ["GOMP_SPINCOUNT"]]
 serving = [loaded.batch_size, loaded.batch_delay, loaded.timeout]
 print(json.dumps([traceserve_runtime.__file__, serving, loaded.service.served[:2], json.loads(reply.body), spins]))
 """
+
+
+def test_connections_idle_for_longer_than_proxies_reuse_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With uvicorn's own 5 s, a proxy sends requests on connections that are just being closed."""
+    uvicorn = pytest.importorskip("uvicorn")
+    given: Dict[str, Any] = {}
+    monkeypatch.setattr(uvicorn, "run", lambda served, **options: given.update(options))
+    web.serve_until_signal(asgi._live, "127.0.0.1", 1)  # type: ignore[arg-type]
+    assert given["timeout_keep_alive"] > 90
 
 
 def test_an_archive_answers_with_its_own_code(packed: Path, classifier: Service) -> None:

@@ -60,7 +60,8 @@ _METHODS = ("GET", "POST", "HEAD")
 _SECONDS_OF_LIVENESS = 1.5  # that a canary has; later the queue's progress decides
 _SECONDS_OF_HEALTH = 1.0  # that a canary's answer holds
 _LONGEST_STANDSTILL = 60.0  # seconds
-_LEAST_PACE = 1 << 18  # of a body, in bytes per second: a slower one keeps others' room
+_LEAST_PACE = 1 << 18  # of a body or an answer, in bytes per second: a slower one keeps others' room
+_PART = 1 << 18  # bytes of an answer that are sent at once: a server waits for its client between two of them
 # A form is decoded in the event loop: for a tenth of a second at most.
 _LARGEST_FORM, _MOST_FIELDS = 1 << 20, 1000
 
@@ -95,7 +96,8 @@ class Limits:
     queue: int = 1000  # calls that may wait; more are answered with 503
     timeout: float = 120.0  # seconds until an answer, or its first piece
     all_bodies: int = 64 << 20  # bytes of those that are read, or wait for their answers; at least room for one
-    # In which a body has to come after its first bytes, beside what the least pace takes for those that have come.
+    # In which a body has to come after its first bytes, beside what the least pace takes for those that have come; and in
+    # which an answer has to be read.
     body_seconds: float = 30.0
 
     def check(self, method: str, headers: Mapping[str, str]) -> None:
@@ -329,7 +331,8 @@ class Application:
                     event = await self._next(asked, watch, None)
                 await send({"type": "http.response.body", "body": event.body})
             else:
-                await _send(send, event.status, event.body, event.content_type, event.headers)
+                headers = {"content-type": event.content_type, **event.headers}
+                await _send(send, event.status, event.body, headers, self._limits.body_seconds)
         finally:
             self._batcher.leave(asked)
             watch.cancel()
@@ -377,7 +380,7 @@ async def guarded(answer: Asgi, scope: Scope, receive: Receive, send: Send) -> N
 
 async def replied(send: Send, status: int, document: object, headers: Mapping[str, str] = {}) -> None:
     """Send a document of the host's own."""
-    await _send(send, status, _encoded(document), "application/json", headers)
+    await _send(send, status, _encoded(document), {"content-type": "application/json", **headers}, Limits.body_seconds)
 
 
 async def replied_live(send: Send, problem: Optional[str]) -> None:
@@ -469,6 +472,19 @@ def _start(status: int, headers: Mapping[str, str]) -> Message:
     return {"type": "http.response.start", "status": status, "headers": encoded}
 
 
-async def _send(send: Send, status: int, body: bytes, content_type: str, headers: Mapping[str, str] = {}) -> None:
-    await send(_start(status, {"content-type": content_type, "content-length": str(len(body)), **headers}))
-    await send({"type": "http.response.body", "body": body})
+async def _send(send: Send, status: int, body: bytes, headers: Mapping[str, str], seconds: float) -> None:
+    """Send an answer, whose parts have so many seconds beside what the least pace takes; raises Left where its client reads
+    it slower, who would keep all of it here for as long as he stays."""
+    await send(_start(status, {"content-length": str(len(body)), **headers}))
+    if len(body) <= _PART:
+        await send({"type": "http.response.body", "body": body})
+        return
+    began = time.monotonic()
+    for start in range(0, len(body), _PART):
+        end = start + _PART
+        message = {"type": "http.response.body", "body": body[start:end], "more_body": end < len(body)}
+        deadline = began + seconds + start / _LEAST_PACE
+        try:
+            await asyncio.wait_for(send(message), deadline - time.monotonic())
+        except asyncio.TimeoutError:
+            raise Left from None

@@ -11,6 +11,7 @@ import contextlib
 import json
 import shutil
 import sys
+import time
 from pathlib import Path
 from typing import Iterator, List, Optional
 from urllib.parse import urlsplit, urlunsplit
@@ -22,11 +23,12 @@ from traceserve.machine import space, user_folders
 from traceserve_runtime.errors import TraceserveError, reason
 from traceserve_runtime.manifest import sha256
 
-from traceserve_hosts import SIGNED
+from traceserve_hosts import SIGNED, lock_of_users
 
 if sys.platform != "win32":
     import fcntl
 
+_KEPT_UNUSED = 30 * 24 * 3600  # seconds that an unpacked archive stays which nobody fetched, and no process has
 _SIZES = ".sizes.json"  # in an unpacked folder: of its other files, by name
 
 
@@ -37,9 +39,15 @@ def fetch_archive(address: str, expected: Optional[str] = None, trusted: Optiona
 
     The folder is named by the archive's SHA-256 and stands in the user's cache, so that the replicas of a machine share it, and
     the pages of its weights. Whoever comes second finds it finished: it appears whole. One that has lost a file since, as
-    temporary folders do by age, is unpacked again.
+    temporary folders do by age, is unpacked again. Others that nobody has used for long are removed.
     """
     cache = user_folders.cache("archives")
+    folder = _fetched(address, cache, expected, trusted)
+    _remove_unused(cache)
+    return folder
+
+
+def _fetched(address: str, cache: Path, expected: Optional[str], trusted: Optional[str]) -> Path:
     expected = None if expected is None else expected.lower()
     if trusted is not None:
         with staging.scratch() as scratch:
@@ -47,6 +55,7 @@ def fetch_archive(address: str, expected: Optional[str] = None, trusted: Optiona
     if expected is not None and (cache / expected).is_dir():
         with _alone(cache, expected):
             if _is_whole(cache / expected):
+                lock_of_users(cache / expected).touch()
                 return cache / expected
     if "://" not in address:
         return _unpacked(Path(address), cache, expected, address, private=False)
@@ -85,6 +94,7 @@ def _unpacked(archive: Path, cache: Path, expected: Optional[str], address: str,
             with staging.staged(target) as folder:
                 unpack(archive if private else _private_copy(archive, folder, found), folder / target.name)
                 _note_sizes(folder / target.name)
+        lock_of_users(target).touch()
     return target
 
 
@@ -124,6 +134,26 @@ def _alone(cache: Path, digest: str) -> Iterator[None]:
         if sys.platform != "win32":
             fcntl.flock(lock, fcntl.LOCK_EX)
         yield
+
+
+def _remove_unused(cache: Path) -> None:
+    """Remove the archives that were fetched long ago, and that no process has; those of earlier versions, which say nothing
+    about it, stay."""
+    if sys.platform == "win32":
+        return
+    for folder in [path for path in cache.iterdir() if _is_old(lock_of_users(path))]:
+        with contextlib.suppress(OSError), _alone(cache, folder.name), lock_of_users(folder).open("a") as users:
+            fcntl.flock(users, fcntl.LOCK_EX | fcntl.LOCK_NB)  # an error where a process has it
+            if _is_old(lock_of_users(folder)):  # still
+                shutil.rmtree(folder)
+                lock_of_users(folder).unlink()
+
+
+def _is_old(lock: Path) -> bool:
+    try:
+        return time.time() - lock.stat().st_mtime > _KEPT_UNUSED
+    except OSError:  # there is none
+        return False
 
 
 def _downloaded(address: str, target: Path, what: str = "archive") -> Path:

@@ -12,7 +12,10 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Dict, Iterator, NamedTuple, Optional
 
-from traceserve_hosts import SIGNED, earlier_runtimes, libraries, reason_in
+from traceserve_hosts import SIGNED, earlier_runtimes, libraries, lock_of_users, reason_in
+
+if sys.platform != "win32":
+    import fcntl
 
 if TYPE_CHECKING:
     from traceserve_runtime.service import Service
@@ -50,6 +53,7 @@ def load_archive(
             f"{address} is an unpacked archive, and only of a packed one (.mar) the SHA-256 can be compared"
         )
     folder = Path(address) if whole else unpacked(address, sha256, trusted)
+    _keep(folder.resolve())
     own = str(folder.resolve())
     present = sys.modules.get("traceserve_runtime")
     if present is not None and Path(own) not in Path(str(present.__file__)).parents:
@@ -85,6 +89,15 @@ def load_archive(
     return Loaded(
         service, config.get("batchSize", 1), config.get("maxBatchDelay", 0) / 1000, config.get("responseTimeout", 120)
     )
+
+
+def _keep(folder: Path) -> None:
+    """Let nobody remove this folder from the cache while this process lives, which may import and open more of it."""
+    if sys.platform != "win32":
+        with contextlib.suppress(OSError):  # it is no folder of the cache
+            users = os.open(lock_of_users(folder), os.O_RDONLY)  # never closed
+            fcntl.flock(users, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            os.utime(lock_of_users(folder))
 
 
 @contextlib.contextmanager

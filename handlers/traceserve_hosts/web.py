@@ -28,6 +28,9 @@ DIGEST_VARIABLE = "TRACESERVE_SHA256"  # of the archive that is meant
 # The file of the public key, or of certificates, that must have signed it.
 SIGNER_VARIABLE = "TRACESERVE_REQUIRE_SIGNATURE"
 _GRACE = 30  # seconds in which a server that is told to end may finish what it was asked
+# Seconds that a connection may idle: longer than proxies reuse one (nginx 60, AWS and Envoy 60, Knative 90), which would
+# otherwise send a request just as it is closed.
+_KEPT_ALIVE = 95
 _DRIVER = Path("/dev/nvidiactl")  # is there where a GPU can be used
 
 
@@ -72,6 +75,7 @@ def serve_until_signal(
         log_level="warning",
         access_log=False,
         server_header=False,
+        timeout_keep_alive=_KEPT_ALIVE,
         timeout_graceful_shutdown=_GRACE,
         ssl_certfile=certificate,
         ssl_keyfile=private_key,
