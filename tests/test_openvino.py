@@ -132,6 +132,12 @@ def test_threads_and_precision(made: Maker, monkeypatch: pytest.MonkeyPatch) -> 
         assert not compiled.get_property("ENABLE_CPU_PINNING") and compiled.get_property("NUM_STREAMS") == 1
 
 
+@pytest.mark.parametrize("loops", [False, True])
+def test_what_is_kept_for_each_shape_is_limited(loops: bool) -> None:
+    """By OpenVINO's default a worker grows for as long as batches and lengths are new."""
+    assert openvino._properties("bfloat16", 1, loops)["CPU_RUNTIME_CACHE_CAPACITY"] == 256
+
+
 def test_threads_of_one_process_take_turns(made: Maker) -> None:
     """OpenVINO refuses a second run of a request that runs."""
     from concurrent.futures import ThreadPoolExecutor

@@ -30,6 +30,9 @@ ROUNDED = "rounded_inputs"
 # Each block of numbers by its own range, 32 as OpenVINO's default: a step of 16 rows takes two thirds of the time. A model
 # that runs once has its own ranges.
 _ROUNDING = {"DYNAMIC_QUANTIZATION_GROUP_SIZE": 32}
+# Shapes of its operators for which it keeps code and buffers; by default 5,000, so that a worker grows with every new batch
+# and length. With 256 single texts took as long, with 64 about 8 % longer. See docs/measurements.md for the figures.
+_CACHED_SHAPES = 256
 _CAPABILITIES = {"float32": "FP32", "bfloat16": "BF16", "int8": "INT8"}
 
 
@@ -166,6 +169,7 @@ def _properties(dtype: str, threads: Optional[int], loops: bool) -> Dict[str, An
         "INFERENCE_NUM_THREADS": threads or processor.cores(),
         "NUM_STREAMS": 1,
         "ENABLE_CPU_PINNING": False,  # by default it binds threads to cores: two workers would share the same ones
+        "CPU_RUNTIME_CACHE_CAPACITY": _CACHED_SHAPES,
         "DYNAMIC_QUANTIZATION_GROUP_SIZE": 0,  # by default it may round the inputs of layers with int8 weights
     }
     if loops:  # by default keys and values are rounded to 8 bits
