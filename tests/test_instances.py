@@ -196,6 +196,33 @@ def test_a_server_that_does_not_end_is_killed(processes: Any, monkeypatch: pytes
     assert not process.is_running() and time.monotonic() - began >= 0.5
 
 
+# A worker that computes for three tenths of a second; and what takes its core from it.
+COMPUTING = (
+    "import sys, time; print('ready', flush=True); sys.stdin.readline()\n"
+    "while time.process_time() < 0.3: pass\n"
+    "open(sys.argv[2], 'w').close(); time.sleep(600)"
+)
+SPINNING = "import time; ended = time.monotonic() + 60\nwhile time.monotonic() < ended: pass"
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="no process can be kept to one core here")
+def test_a_worker_that_gets_little_of_a_core_may_finish(processes: Any, tmp_path: Path) -> None:
+    """Nine processes share one core, and the worker computes with a ninth of it, less than one at rest may take."""
+    core, answered = min(os.sched_getaffinity(0)), tmp_path / "answered"
+    command = [sys.executable, "-S", "-c", COMPUTING, stopping.WORKER, str(answered)]
+    worker = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    processes += [worker, *(subprocess.Popen([sys.executable, "-S", "-c", SPINNING]) for _ in range(8))]
+    with worker.stdout as said, worker.stdin as asked:
+        assert said.readline() == b"ready\n"
+        for process in processes:
+            os.sched_setaffinity(process.pid, {core})
+        asked.write(b"\n")
+        asked.flush()
+        began = time.monotonic()
+        stopping._rest(psutil.Process())
+    assert answered.exists() and time.monotonic() - began < 20
+
+
 def test_what_torchserve_cannot_scale_is_refused(mar: Path) -> None:
     with pytest.raises(
         ServerError, match="^torchserve keeps the number of workers; --most-workers, --ongoing and --gpus are"
