@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import json
 import os
+import platform
 import re
 import socket
 import subprocess
@@ -164,10 +165,27 @@ def test_what_another_version_remembered_is_passed_over(processes: Any) -> None:
     instance = remembered(processes)
     folder = Path(os.environ["XDG_STATE_HOME"]) / "traceserve" / "servers"
     [own] = folder.iterdir()
-    later = {**json.loads(own.read_text()), "a_field_of_later": 1}
-    for name, content in (("a", '{"port"'), ("b", '{"port": 1}'), ("c", json.dumps(later)), ("d", "[]")):
+    earlier = json.loads(own.read_text())
+    del earlier["pid"]
+    for name, content in (("a", '{"port"'), ("b", '{"port": 1}'), ("c", json.dumps(earlier)), ("d", "[]")):
         (folder / f"{name}.json").write_text(content)
     assert instances.running() == [instance] and instances.died() == []
+
+
+def test_what_a_later_version_remembered_is_found(processes: Any) -> None:
+    """Its server still runs when an earlier version is installed again."""
+    instance = remembered(processes)
+    [own] = (Path(os.environ["XDG_STATE_HOME"]) / "traceserve" / "servers").iterdir()
+    own.write_text(json.dumps({**json.loads(own.read_text()), "a_field_of_later": 1}))
+    assert instances.running() == [instance]
+    instances.stop(instance)
+    assert not own.exists()
+
+
+def test_a_machine_may_be_renamed(processes: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    instance = remembered(processes)
+    monkeypatch.setattr(platform, "node", lambda: "renamed")
+    assert instances.running() == [instance]
 
 
 def test_an_interrupt_ends_the_waiting_of_a_stop_and_not_the_stop(

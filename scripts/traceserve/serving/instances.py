@@ -79,7 +79,7 @@ class Instance:
     @property
     def process(self) -> Optional[psutil.Process]:
         """The running process, or None."""
-        if self.machine != server_lock.this_machine():  # its pid is another process's here
+        if not server_lock.is_this_machine(self.machine):  # its pid is another process's here
             return None
         with contextlib.suppress(psutil.Error):
             process = psutil.Process(self.pid)
@@ -105,6 +105,9 @@ class Instance:
     def log(self) -> Path:
         """The log of the workers and of TorchServe itself."""
         return Path(self.folder, "logs", "server.log")
+
+
+_FIELDS = {field.name for field in dataclasses.fields(Instance)}
 
 
 def ticks_of(pid: int) -> Optional[int]:
@@ -178,10 +181,11 @@ def _remembered() -> Iterator[Instance]:
     for path in _state_folder().glob("*.json"):
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
-            instance = Instance(**{**content, "names": tuple(content["names"]), "workers": dict(content["workers"])})
-        except (ValueError, TypeError, KeyError, FileNotFoundError):
+            known = {key: value for key, value in content.items() if key in _FIELDS}  # a later version has others
+            instance = Instance(**{**known, "names": tuple(content["names"]), "workers": dict(content["workers"])})
+        except (ValueError, TypeError, KeyError, AttributeError, FileNotFoundError):
             continue  # being removed, or from another version
-        if instance.machine == server_lock.this_machine() or (
+        if server_lock.is_this_machine(instance.machine) or (
             instance.locked and server_lock.is_released(Path(instance.folder), instance.machine)
         ):
             found.append(instance)
