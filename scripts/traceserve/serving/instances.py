@@ -16,7 +16,7 @@ from typing import Dict, Iterator, List, Optional, Tuple
 import psutil
 from traceserve_runtime.manifest import Manifest
 
-from traceserve.errors import ServerError
+from traceserve.errors import NoSpace, ServerError
 from traceserve.machine import user_folders
 from traceserve.machine.private_files import write_private
 from traceserve.serving import java, server_lock, stopping
@@ -125,7 +125,7 @@ def ticks_of(pid: int) -> Optional[int]:
 
 def remember(instance: Instance) -> None:
     """Write the state file, readable only by the user since it has the keys. Its name identifies this start, not just
-    the port."""
+    the port. Raises NoSpace."""
     write_private(_state_file(instance), json.dumps(dataclasses.asdict(instance)))
 
 
@@ -158,7 +158,7 @@ def as_remembered(instance: Instance) -> Instance:
 
 def mark_seen(instance: Instance) -> None:
     """Record that this server's failure was shown: the next start removes its remains. Its keys are forgotten at once."""
-    with contextlib.suppress(OSError):  # shown again next time
+    with contextlib.suppress(OSError, NoSpace):  # shown again next time
         remember(dataclasses.replace(instance, seen=True, key=None, management_key=None))
 
 
