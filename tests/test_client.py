@@ -12,7 +12,7 @@ import sys
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any, Callable, Iterator, Tuple
+from typing import Any, Callable, Iterator, List, Tuple
 
 import pytest
 import trustme
@@ -171,6 +171,42 @@ def test_no_proxy_stands_between(tmp_path: Path) -> None:
         own = {**os.environ, **dead, "no_proxy": "", "NO_PROXY": ""}
         result = subprocess.run([sys.executable, "-c", code], env=own, capture_output=True, text=True)
     assert result.stdout == "{'label': 'red'}\n(200, {'key': None})\n", result.stderr
+
+
+@pytest.mark.parametrize("status", [301, 302, 303, 307, 308])
+def test_no_redirect_is_followed(status: int) -> None:
+    """The request would arrive without its body, and its key at somebody else's server."""
+    asked: List[str] = []
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            asked.append(self.path)
+            self.rfile.read(int(self.headers.get("Content-Length", 0)))
+            self.send_response(status)
+            self.send_header("Location", "/other")
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+
+        do_GET = do_POST
+
+        def log_message(self, format: str, *args: Any) -> None: ...
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, args=(0.01,)).start()
+        url = f"http://127.0.0.1:{server.server_address[1]}"
+        whole, base = Address(f"{url}/predictions/x", "KEY"), Address(url, "KEY")
+        try:
+            for call in (
+                lambda: client.exchange(whole),
+                lambda: client.exchange(whole, {"text": "x"}),
+                lambda: client.predict(base, "x", {}),
+            ):
+                with pytest.raises(ServerError) as error:
+                    call()
+                assert error.value.message == f"{url}/predictions/x redirects to {url}/other; give that URL"
+        finally:
+            server.shutdown()
+    assert asked == 3 * ["/predictions/x"]
 
 
 def test_a_character_in_two_pieces_of_a_stream_is_whole() -> None:

@@ -19,6 +19,7 @@ maxWorkers: 2
 batchSize: 8
 maxBatchDelay: 50
 responseTimeout: 120
+maxRetryTimeoutInSec: 60
 clientTimeoutInMills: 60000
 deviceType: "gpu"
 handler:
@@ -65,7 +66,7 @@ def test_the_examples_yaml(name: str, tmp_path: Path) -> None:
     assert (config.batch_size, config.max_batch_delay, config.response_timeout) == (8, 50, 120)
     assert config.client_timeout == 60_000
     told = [note.split(" has no meaning here: ")[0] for note in loaded.notes]
-    for key in ("minWorkers", "maxWorkers", "deviceType", "pt2", "BetterTransformer"):
+    for key in ("minWorkers", "maxWorkers", "maxRetryTimeoutInSec", "deviceType", "pt2", "BetterTransformer"):
         assert key in told
     assert config.captum_explanation is True and config.embedding_name == "bert"
     assert loaded.folder == tmp_path.resolve()

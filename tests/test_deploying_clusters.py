@@ -25,6 +25,7 @@ import jsonschema
 import pytest
 import yaml
 from conftest import ROOT
+from test_client import answering
 from test_deploying import deployed
 from traceserve import cli
 from traceserve.deploying.described import Described, describe
@@ -383,6 +384,23 @@ def test_the_ray_service_fits(mar: Path, count: int, tmp_path: Path) -> None:
         VERSION,
         strict=True,
     )
+
+
+@pytest.mark.parametrize("status", [200, 503])
+def test_rays_probes_ask_the_pod_itself(mar: Path, status: int, tmp_path: Path) -> None:
+    """A company's proxy, which a cluster may give to all its pods, knows nothing of a pod's localhost."""
+    cluster = only(deployed("kuberay", [mar], tmp_path / "out", "--url", "gs://bucket") / "service.yaml")["spec"]
+    groups = [cluster["rayClusterConfig"]["headGroupSpec"], *cluster["rayClusterConfig"]["workerGroupSpecs"]]
+    dead = dict.fromkeys(("http_proxy", "HTTP_PROXY"), "http://127.0.0.1:9")
+    environment = {**os.environ, **dead, "no_proxy": "", "NO_PROXY": ""}
+    with answering(status, b"success") as url:
+        for container in (group["template"]["spec"]["containers"][0] for group in groups):
+            for probe in ("readinessProbe", "livenessProbe"):
+                program, *arguments = container[probe]["exec"]["command"]
+                assert program == "python" and "http://localhost:" in arguments[-1]
+                asked = [re.sub(r"http://localhost:\d+", url, argument) for argument in arguments]
+                found = subprocess.run([sys.executable, *asked], env=environment, capture_output=True, timeout=60)
+                assert (found.returncode == 0) is (status == 200), found.stderr
 
 
 # --- the proxy that compares keys: the chart's own nginx.conf, before a real TorchServe ---

@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import json
 import os
+import platform
 import re
 import socket
 import subprocess
@@ -164,10 +165,27 @@ def test_what_another_version_remembered_is_passed_over(processes: Any) -> None:
     instance = remembered(processes)
     folder = Path(os.environ["XDG_STATE_HOME"]) / "traceserve" / "servers"
     [own] = folder.iterdir()
-    later = {**json.loads(own.read_text()), "a_field_of_later": 1}
-    for name, content in (("a", '{"port"'), ("b", '{"port": 1}'), ("c", json.dumps(later)), ("d", "[]")):
+    earlier = json.loads(own.read_text())
+    del earlier["pid"]
+    for name, content in (("a", '{"port"'), ("b", '{"port": 1}'), ("c", json.dumps(earlier)), ("d", "[]")):
         (folder / f"{name}.json").write_text(content)
     assert instances.running() == [instance] and instances.died() == []
+
+
+def test_what_a_later_version_remembered_is_found(processes: Any) -> None:
+    """Its server still runs when an earlier version is installed again."""
+    instance = remembered(processes)
+    [own] = (Path(os.environ["XDG_STATE_HOME"]) / "traceserve" / "servers").iterdir()
+    own.write_text(json.dumps({**json.loads(own.read_text()), "a_field_of_later": 1}))
+    assert instances.running() == [instance]
+    instances.stop(instance)
+    assert not own.exists()
+
+
+def test_a_machine_may_be_renamed(processes: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    instance = remembered(processes)
+    monkeypatch.setattr(platform, "node", lambda: "renamed")
+    assert instances.running() == [instance]
 
 
 def test_an_interrupt_ends_the_waiting_of_a_stop_and_not_the_stop(
@@ -194,6 +212,33 @@ def test_a_server_that_does_not_end_is_killed(processes: Any, monkeypatch: pytes
     process, began = psutil.Process(processes[0].pid), time.monotonic()
     stopping._end([process], at_once=False)
     assert not process.is_running() and time.monotonic() - began >= 0.5
+
+
+# A worker that computes for three tenths of a second; and what takes its core from it.
+COMPUTING = (
+    "import sys, time; print('ready', flush=True); sys.stdin.readline()\n"
+    "while time.process_time() < 0.3: pass\n"
+    "open(sys.argv[2], 'w').close(); time.sleep(600)"
+)
+SPINNING = "import time; ended = time.monotonic() + 60\nwhile time.monotonic() < ended: pass"
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="no process can be kept to one core here")
+def test_a_worker_that_gets_little_of_a_core_may_finish(processes: Any, tmp_path: Path) -> None:
+    """Nine processes share one core, and the worker computes with a ninth of it, less than one at rest may take."""
+    core, answered = min(os.sched_getaffinity(0)), tmp_path / "answered"
+    command = [sys.executable, "-S", "-c", COMPUTING, stopping.WORKER, str(answered)]
+    worker = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    processes += [worker, *(subprocess.Popen([sys.executable, "-S", "-c", SPINNING]) for _ in range(8))]
+    with worker.stdout as said, worker.stdin as asked:
+        assert said.readline() == b"ready\n"
+        for process in processes:
+            os.sched_setaffinity(process.pid, {core})
+        asked.write(b"\n")
+        asked.flush()
+        began = time.monotonic()
+        stopping._rest(psutil.Process())
+    assert answered.exists() and time.monotonic() - began < 20
 
 
 def test_what_torchserve_cannot_scale_is_refused(mar: Path) -> None:

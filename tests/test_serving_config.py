@@ -19,6 +19,7 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from traceserve.archives import contents as archives
+from traceserve.archives import model_config
 from traceserve.archives.contents import configure_archive, read_manifest, read_serving
 from traceserve.archives.model_config import SERVING_FILE, Serving
 from traceserve.building.config.setup_config import SetupConfig
@@ -56,7 +57,8 @@ def test_what_is_written_is_read(serving: Serving) -> None:
 
 
 def test_the_keys_that_torchserve_and_the_handler_read() -> None:
-    assert BUILT.to_yaml() == "batchSize: 64\nmaxBatchDelay: 1\nresponseTimeout: 300\nstartupTimeout: 300\n"
+    always = "maxRetryTimeoutInSec: 2147483\n"
+    assert BUILT.to_yaml() == f"batchSize: 64\nmaxBatchDelay: 1\nresponseTimeout: 300\nstartupTimeout: 300\n{always}"
     assert yaml.safe_load(TUNED.to_yaml()) == {
         "batchSize": 8,
         "maxBatchDelay": 1,
@@ -65,8 +67,25 @@ def test_the_keys_that_torchserve_and_the_handler_read() -> None:
         "clientTimeoutInMills": 30_000,
         "minWorkers": 2,
         "maxWorkers": 2,
+        "maxRetryTimeoutInSec": 2_147_483,  # a thousand times as much is the most that 32 bits hold
         "handler": {"threads": 1, "length_step": 8, "pack_weights": True},
     }
+
+
+def test_the_server_adds_what_an_older_archive_lacks(
+    mar: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Otherwise TorchServe starts no worker again after five minutes of failures."""
+    old, serving = Path(shutil.copy(mar, tmp_path / "old.mar")), read_serving(mar)
+    with monkeypatch.context() as patch:
+        patch.setattr(model_config, "_RETRIES", {})
+        configure_archive(old, serving)
+    assert "maxRetryTimeoutInSec" not in contents(old)[SERVING_FILE].decode() and read_serving(old) == serving
+    (tmp_path / "server").mkdir()
+    store = configuration.prepare_folder(tmp_path / "server", {"old": old, "new": mar}, {})
+    for name in ("old", "new"):
+        assert (store / name / SERVING_FILE).read_text() == serving.to_yaml()
+        Manifest.read(store / name)  # otherwise the worker would refuse it
 
 
 RIGHT = BUILT.to_yaml()
@@ -93,6 +112,7 @@ NESTED = "".join(f"- &a{i} [{', '.join([f'*a{i - 1}'] * 10)}]\n" for i in range(
         (RIGHT.replace("Delay: 1", "Delay: 0"), "maxBatchDelay should be a whole number of 1 or more, not 0"),
         (RIGHT.replace("64", f"\n- &a0 [1]\n{NESTED}"), "aliases (*name) are not allowed"),
         (RIGHT.replace("64", str([1] * 999)), "batchSize should be a whole number of 1 or more, not [1, 1, 1"),
+        (RIGHT.replace("2147483", "soon"), "maxRetryTimeoutInSec should be a whole number of 1 or more, not 'soon'"),
         (RIGHT + "minWorkers: 2\n", "minWorkers and maxWorkers should be given both"),
         (RIGHT + "minWorkers: 1\nmaxWorkers: 4\n", "and be equal"),
         (RIGHT.replace("batchSize: 64\n", ""), "lacks the key batchSize"),

@@ -17,7 +17,7 @@ from typing import Iterator, List
 import pytest
 from traceserve import cli
 from traceserve.archives.contents import unpack
-from traceserve.errors import ServerError
+from traceserve.errors import NoSpace, ServerError
 from traceserve.measuring import activity
 from traceserve.measuring.answers import Consistency
 from traceserve.measuring.load_generator import Endpoint, Result, send_load
@@ -237,6 +237,29 @@ def test_a_version_that_cannot_be_removed_is_left_to_the_next_update(
         found = update_server(archives / new / "tiny.mar", port, UpdateOptions(allowed_changes=99), said.append)
     assert found.new == new and found.kept == {} and management.default(instance, "tiny").version == new
     assert said[-1] == f"kept {before}: no answer; the next update looks again"
+    assert update_server(archives / before / "tiny.mar", port, UpdateOptions(allowed_changes=99)).old == new
+    assert the_only_version(port) == before
+
+
+def test_a_version_that_cannot_be_remembered_answers_beside_the_old_one(
+    archives: Path, port: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a full disk: `status` and `verify` still find the files of the old one."""
+    before, instance = the_only_version(port), instances.find_instance(port)
+    new = "1.0" if before != "1.0" else "2.0"
+    said: List[str] = []
+
+    def full(instance: Instance) -> None:
+        raise NoSpace("no space left on the disk of x.json")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(instances, "remember", full)
+        found = update_server(archives / new / "tiny.mar", port, UpdateOptions(allowed_changes=99), said.append)
+    assert found.new == new and found.kept == {} and management.default(instance, "tiny").version == new
+    assert said[-1] == (
+        f"kept {before}, which `traceserve status` still shows: no space left on the disk of x.json; the next update looks again"
+    )
+    assert cli.main(["status"]) == 0 and cli.main(["verify", "tiny", "--port", str(port)]) == 0
     assert update_server(archives / before / "tiny.mar", port, UpdateOptions(allowed_changes=99)).old == new
     assert the_only_version(port) == before
 

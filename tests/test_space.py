@@ -16,6 +16,7 @@ from traceserve.archives import staging
 from traceserve.archives.archive import pack_archive
 from traceserve.errors import NoSpace
 from traceserve.machine import space
+from traceserve.machine.private_files import write_private
 from traceserve.serving import configuration, keys
 
 Mount = Callable[[str], Path]
@@ -71,6 +72,18 @@ def test_a_file_on_a_full_disk_names_its_own_disk(mount: Mount) -> None:
             write(disk / "x.html", "long " * 4000)
         assert full.value.message.endswith("are free to this user at most; free some, or name a file elsewhere")
         assert files(disk) == {"earlier": 98304}
+
+
+def test_a_file_of_our_own_on_a_full_disk_names_its_disk(mount: Mount) -> None:
+    """Such as a server's state file, whose name nobody chose."""
+    disk = mount("100k")
+    (disk / "earlier").write_bytes(bytes(98304))
+    told = (
+        rf"disk of {disk}/x.json: x.json could not be written whole, 0.0 MB are free to this user at most; free some$"
+    )
+    with pytest.raises(NoSpace, match=told):
+        write_private(disk / "x.json", "long " * 4000)
+    assert files(disk) == {"earlier": 98304}
 
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EFBIG])

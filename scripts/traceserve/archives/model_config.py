@@ -28,6 +28,9 @@ _HANDLER_KEYS = {field: field for field in Settings._fields}
 _LONGEST = 200  # characters of the parser's words
 _HANDLER = "handler"
 _WORKERS = ("minWorkers", "maxWorkers")  # TorchServe ignores one without the other
+# TorchServe 0.12 tries for so many seconds, by default 300, to start a worker again, and then never more, while the server
+# runs on. It multiplies them by 1000 in 32 bits, in which more than 24 days would be a negative time.
+_RETRIES = {"maxRetryTimeoutInSec": (2**31 - 1) // 1000}
 
 
 @dataclass(frozen=True)
@@ -49,11 +52,12 @@ class Serving:
 
     def to_yaml(self) -> str:
         """Return the file's text. Both timeouts are always written: any YAML makes its own defaults win over
-        config.properties."""
+        config.properties. So is how long a worker is started again."""
         content: Dict[str, object] = {key: getattr(self, field) for field, key in _KEYS.items()}
         content = {key: value for key, value in content.items() if value is not None}
         if self.workers is not None:
             content.update(dict.fromkeys(_WORKERS, self.workers))
+        content.update(_RETRIES)
         handler = {key: getattr(self, field) for field, key in _HANDLER_KEYS.items()}
         handler = {key: value for key, value in handler.items() if value is not None}
         if handler:
@@ -73,6 +77,8 @@ class Serving:
             raise ArchiveError(f"{SERVING_FILE} is not valid YAML: {told}") from None
         content = _mapping(content, "")
         handler = _mapping(content.pop(_HANDLER, {}), f"{_HANDLER}: ")
+        for key in _RETRIES:  # older archives lack it
+            _whole(content.pop(key, 1), key)
         workers = [content.pop(key, None) for key in _WORKERS]
         if workers[0] != workers[1]:
             raise ArchiveError(f"{SERVING_FILE}: minWorkers and maxWorkers should be given both, and be equal")

@@ -65,16 +65,17 @@ class Needed:
 
 
 @contextlib.contextmanager
-def named_file(path: Path) -> Iterator[None]:
-    """Raise a full disk as NoSpace in a block that writes this file, whose name the user chose."""
+def named_file(path: Path, chosen: bool = True) -> Iterator[None]:
+    """Raise a full disk as NoSpace in a block that writes this file. `chosen`: the user chose its name, and may choose
+    another."""
     try:
         yield
     except OSError as error:
         if not is_full(error):
             raise
-        raise NoSpace(
-            f"{_start(path, path.name, None, shutil.disk_usage(path.parent).free)}; free some, or name a file elsewhere"
-        ) from error
+        otherwise = ", or name a file elsewhere" if chosen else ""
+        start = _start(path, path.name, None, shutil.disk_usage(path.parent).free)
+        raise NoSpace(f"{start}; free some{otherwise}") from error
 
 
 def told(error: BaseException, folders: List[Path], needed: Optional[int] = None, what: str = "a file") -> NoSpace:

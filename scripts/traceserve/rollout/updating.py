@@ -273,20 +273,25 @@ class _Update:
     def _settle(self, named: int) -> Dict[str, int]:
         """Remember the new version, and remove the earlier ones that no request names; returns the others.
 
-        One that cannot be removed is left to the next update: the new version answers.
+        One that cannot be removed is left to the next update: the new version answers. So are all of them if this one
+        cannot be remembered: other commands read the files of the version that they find.
         """
-        name = self._name
+        name, old = self._name, self._running.version
         self._instance = _after(self._instance, name, self._key, self._archive.workers)
-        instances.remember(self._instance)
+        try:
+            instances.remember(self._instance)
+        except (OSError, TraceserveError) as error:  # such as a full disk
+            self._report(f"kept {old}, which `traceserve status` still shows: {error}; the next update looks again")
+            return {}
         kept: Dict[str, int] = {}
         # The others were kept by an earlier update, or by one that was killed.
-        versions = dict.fromkeys([self._running.version, *self._engine.versions_of(self._instance, name)])
+        versions = dict.fromkeys([old, *self._engine.versions_of(self._instance, name)])
         for version in [each for each in versions if each != self._version]:
             try:
-                count = named if version == self._running.version else self._drain(version)
+                count = named if version == old else self._drain(version)
                 self._remove(version, count)
                 kept[version] = count
-            except ServerError as error:
+            except TraceserveError as error:
                 self._report(f"kept {version}: {error.message}; the next update looks again")
         return {version: count for version, count in kept.items() if count}
 
@@ -323,7 +328,7 @@ class _Update:
     def _switch_back(self) -> bool:
         """Give the requests back to the old version; returns whether that was done."""
         back, timeout = False, max(self._options.timeout, _SECONDS_TO_SWITCH_BACK)
-        with contextlib.suppress(ServerError):
+        with contextlib.suppress(TraceserveError):
             self._engine.switch_to(self._instance, self._name, self._running.version, timeout)
             back = True
             self._engine.drain_version(self._instance, self._name, self._version, self._canary, _HOWEVER_LONG)
@@ -332,7 +337,7 @@ class _Update:
     def _remove_new(self) -> bool:
         """Remove the new version; returns whether that was done."""
         removed = not self._registered
-        with contextlib.suppress(ServerError):
+        with contextlib.suppress(TraceserveError):
             if self._registered and self._version in self._engine.versions_of(self._instance, self._name):
                 self._engine.remove_version(self._instance, self._name, self._version)
             removed = True

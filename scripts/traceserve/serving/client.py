@@ -10,13 +10,14 @@ import urllib.error
 import urllib.request
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, Dict, Iterator, Optional, Tuple, cast
+from typing import IO, Any, Dict, Iterator, Optional, Tuple, cast
 
-from traceserve.errors import ServerError
+from traceserve.errors import ServerError, shortened
 from traceserve.serving.front import context
 
 # TorchServe's frontend answers 413 without a word, or ends the connection while the body is sent.
 _ALWAYS_TAKEN = 2 << 20  # bytes
+_LONGEST_URL = 300  # characters of another server's that are shown
 _TOO_LARGE = "the body is larger than this server takes (traceserve serve --largest-body MIB)"
 
 
@@ -158,14 +159,31 @@ def _document(response: http.client.HTTPResponse, source: str) -> Any:
         raise ServerError(f"{source} gave no JSON: {error}") from None
 
 
+class _NoRedirects(urllib.request.HTTPRedirectHandler):
+    """Raises ServerError for a redirect: urllib would make an empty GET of a POST, and send the key to the other address."""
+
+    def redirect_request(
+        self,
+        req: urllib.request.Request,
+        fp: IO[bytes],
+        code: int,
+        msg: str,
+        headers: http.client.HTTPMessage,
+        newurl: str,
+    ) -> None:
+        fp.close()
+        raise ServerError(f"{req.full_url} redirects to {shortened(newurl, _LONGEST_URL)}; give that URL")
+
+
 # Traceserve's servers are contacted directly, regardless of proxy settings.
-opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+opener = urllib.request.build_opener(urllib.request.ProxyHandler({}), _NoRedirects)
 
 
 @lru_cache(maxsize=8)
 def _opener_for(certificate: str, any_name: bool) -> urllib.request.OpenerDirector:
     trusted = context(certificate, any_name)
-    return urllib.request.build_opener(urllib.request.ProxyHandler({}), urllib.request.HTTPSHandler(context=trusted))
+    by_tls = urllib.request.HTTPSHandler(context=trusted)
+    return urllib.request.build_opener(urllib.request.ProxyHandler({}), _NoRedirects, by_tls)
 
 
 def _message(answer: Any) -> Tuple[str, Optional[str]]:

@@ -13,7 +13,7 @@ from traceserve_hosts.addresses import is_only_local
 from traceserve_runtime.manifest import Manifest
 
 from traceserve.archives.contents import configure_unpacked, unpack
-from traceserve.archives.model_config import Serving
+from traceserve.archives.model_config import SERVING_FILE, Serving
 from traceserve.errors import ServerError
 from traceserve.serving import java, management
 from traceserve.serving.front import FrontendOptions
@@ -99,8 +99,10 @@ def prepare_folder(folder: Path, files: Mapping[str, Path], servings: Mapping[st
         unpacked = folder / "store" / name
         unpacked.mkdir()
         unpack(file, unpacked)
-        if name in servings:
-            configure_unpacked(unpacked, servings[name])
+        packed = (unpacked / SERVING_FILE).read_text(encoding="utf-8")
+        serving = servings[name] if name in servings else Serving.from_yaml(packed)
+        if packed != serving.to_yaml():  # an older archive's lacks keys
+            configure_unpacked(unpacked, serving)
     return folder / "store"
 
 

@@ -16,7 +16,7 @@ from typing import Dict, Iterator, List, Optional, Tuple
 import psutil
 from traceserve_runtime.manifest import Manifest
 
-from traceserve.errors import ServerError
+from traceserve.errors import NoSpace, ServerError
 from traceserve.machine import user_folders
 from traceserve.machine.private_files import write_private
 from traceserve.serving import java, server_lock, stopping
@@ -79,7 +79,7 @@ class Instance:
     @property
     def process(self) -> Optional[psutil.Process]:
         """The running process, or None."""
-        if self.machine != server_lock.this_machine():  # its pid is another process's here
+        if not server_lock.is_this_machine(self.machine):  # its pid is another process's here
             return None
         with contextlib.suppress(psutil.Error):
             process = psutil.Process(self.pid)
@@ -107,6 +107,9 @@ class Instance:
         return Path(self.folder, "logs", "server.log")
 
 
+_FIELDS = {field.name for field in dataclasses.fields(Instance)}
+
+
 def ticks_of(pid: int) -> Optional[int]:
     """Return when a process started, in the kernel's ticks since the machine did; None if it has ended, or where the system
     does not tell.
@@ -122,7 +125,7 @@ def ticks_of(pid: int) -> Optional[int]:
 
 def remember(instance: Instance) -> None:
     """Write the state file, readable only by the user since it has the keys. Its name identifies this start, not just
-    the port."""
+    the port. Raises NoSpace."""
     write_private(_state_file(instance), json.dumps(dataclasses.asdict(instance)))
 
 
@@ -155,7 +158,7 @@ def as_remembered(instance: Instance) -> Instance:
 
 def mark_seen(instance: Instance) -> None:
     """Record that this server's failure was shown: the next start removes its remains. Its keys are forgotten at once."""
-    with contextlib.suppress(OSError):  # shown again next time
+    with contextlib.suppress(OSError, NoSpace):  # shown again next time
         remember(dataclasses.replace(instance, seen=True, key=None, management_key=None))
 
 
@@ -178,10 +181,11 @@ def _remembered() -> Iterator[Instance]:
     for path in _state_folder().glob("*.json"):
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
-            instance = Instance(**{**content, "names": tuple(content["names"]), "workers": dict(content["workers"])})
-        except (ValueError, TypeError, KeyError, FileNotFoundError):
+            known = {key: value for key, value in content.items() if key in _FIELDS}  # a later version has others
+            instance = Instance(**{**known, "names": tuple(content["names"]), "workers": dict(content["workers"])})
+        except (ValueError, TypeError, KeyError, AttributeError, FileNotFoundError):
             continue  # being removed, or from another version
-        if instance.machine == server_lock.this_machine() or (
+        if server_lock.is_this_machine(instance.machine) or (
             instance.locked and server_lock.is_released(Path(instance.folder), instance.machine)
         ):
             found.append(instance)

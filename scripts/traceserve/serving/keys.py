@@ -17,7 +17,6 @@ from typing import Any, Dict, Optional
 from traceserve_hosts.keys import given_key
 
 from traceserve.errors import ServerError, unread_reason
-from traceserve.machine import space
 from traceserve.machine.private_files import write_private
 from traceserve.serving import instances, management
 from traceserve.serving.engines import RAY
@@ -50,8 +49,7 @@ def user_key() -> str:
 def write_key(file: Path, key: str) -> None:
     """Write a key into a file that this user alone may read, in place of an earlier one's; whole at any moment. Raises
     NoSpace."""
-    with space.named_file(file):
-        write_private(file, key + "\n")
+    write_private(file, key + "\n", chosen=True)
 
 
 def check_key_target(file: Path) -> None:

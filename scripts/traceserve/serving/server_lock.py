@@ -63,8 +63,14 @@ def _shares_locks(machine: str) -> bool:
     return any(told == own for told, own in zip(machine.split()[:2], this_machine().split()[:2]))
 
 
+def is_this_machine(machine: str) -> bool:
+    """Return whether `this_machine` once said so of this one, whose name may have been set since."""
+    return machine.split()[-2:] == this_machine().split()[-2:]
+
+
 def this_machine() -> str:
-    """Identify this machine, and if possible this container, among others with the same pids."""
+    """Identify this machine, and if possible this container, among others with the same pids: by its name, its start, and
+    its namespace of pids."""
     parts = [platform.node()]
     with contextlib.suppress(OSError):
         parts.append(Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip())

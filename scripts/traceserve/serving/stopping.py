@@ -22,8 +22,9 @@ _SERVERS = (
 )
 _SECONDS_TO_FINISH = 15
 # TorchServe's workers may go on for so long before it is told to end, and are at rest if they take less than this share of a
-# core for a while.
-_SECONDS_TO_REST, _RESTING, _WHILE = 40.0, 0.2, 0.3
+# core, and no thread waits for one, for so many whiles in a row: between two batches a busy worker may seem at rest.
+_SECONDS_TO_REST, _RESTING, _WHILE, _WHILES = 40.0, 0.2, 0.3, 3
+_WAITING = ("R", "D")  # states of a thread that runs or may run, or waits for a disk
 WORKER = "model_service_worker"  # in the command line of TorchServe's workers
 _GUARD = "traceserve.serving.ray_guard"  # the first process of a cluster
 _DRAINED = "haproxy"  # finishes running requests on SIGUSR1
@@ -81,15 +82,42 @@ def _rest(process: psutil.Process) -> None:
 
     It drops what they are at once it is told to end (seen with 0.12), and says of no request that it is being answered.
     """
-    deadline = time.monotonic() + _SECONDS_TO_REST
+    deadline, workers = time.monotonic() + _SECONDS_TO_REST, []
     with contextlib.suppress(psutil.Error):
-        workers = [child for child in process.children(recursive=True) if WORKER in " ".join(child.cmdline())]
-        for worker in workers:
-            worker.cpu_percent()  # from here on
-        while time.monotonic() < deadline:
-            time.sleep(_WHILE)
-            if all(worker.cpu_percent() < 100 * _RESTING for worker in workers):
-                break
+        workers = [child for child in process.children(recursive=True) if _is_worker(child)]
+    for worker in workers:
+        _is_busy(worker)  # its share counts from here on
+    quiet = 0
+    while workers and quiet < _WHILES and time.monotonic() < deadline:
+        time.sleep(_WHILE)
+        busy = [_is_busy(worker) for worker in workers]
+        quiet = 0 if any(busy) else quiet + 1
+
+
+def _is_busy(worker: psutil.Process) -> bool:
+    """Return whether a worker took a share of a core since it was last looked at, or would have, had it got one."""
+    with contextlib.suppress(psutil.Error):
+        return bool(worker.cpu_percent() >= 100 * _RESTING) or _is_starved(worker)
+    return False
+
+
+def _is_starved(process: psutil.Process) -> bool:
+    """Return whether one of its threads waits for a core, as under load or a quota, or for a disk (Linux)."""
+    with contextlib.suppress(OSError):
+        return any(_state_of(thread) in _WAITING for thread in Path(f"/proc/{process.pid}/task").iterdir())
+    return False
+
+
+def _state_of(thread: Path) -> str:
+    with contextlib.suppress(OSError):  # it has ended
+        return (thread / "stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()[0]
+    return ""
+
+
+def _is_worker(process: psutil.Process) -> bool:
+    with contextlib.suppress(psutil.Error):
+        return WORKER in " ".join(process.cmdline())
+    return False
 
 
 def _is_proxy(process: psutil.Process) -> bool:

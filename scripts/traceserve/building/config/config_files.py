@@ -27,6 +27,7 @@ _LEFT = {
     "minWorkers": _WORKERS,
     "maxWorkers": _WORKERS,
     "startupTimeout": "the archive's own is 300 seconds",
+    "maxRetryTimeoutInSec": "a worker is always started again",
     "deviceType": "`hardware` says what the archive runs on",
     "deviceIds": _ONE_DEVICE,
     "parallelType": _ONE_DEVICE,

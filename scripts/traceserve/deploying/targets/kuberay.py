@@ -109,7 +109,8 @@ _VOLUMES: Dict[str, object] = {
 
 def _container(needed: Dict[str, Any], urls: Sequence[str], secret: str) -> Dict[str, Any]:
     """What head and workers have alike. KubeRay's own probes run wget, which a slim image lacks."""
-    code = "import urllib.request as r; [r.urlopen(url, timeout=5) for url in " + repr(list(urls)) + "]"
+    direct = "import urllib.request as r; direct = r.build_opener(r.ProxyHandler({})); "  # whatever HTTP_PROXY says
+    code = direct + "[direct.open(url, timeout=5) for url in " + repr(list(urls)) + "]"
     alive = code if len(urls) == 1 else code.replace(repr(list(urls)), repr(list(urls[:1])))
     return {
         "env": [
