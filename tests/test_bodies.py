@@ -328,6 +328,29 @@ def test_one_line_of_csv_without_a_header_is_a_text(text: str) -> None:
     assert texts(read({"body": text}, Headers("text/csv"))) == [text]
 
 
+@pytest.mark.parametrize(
+    "source, text",
+    [
+        ('"Where is my card, please?"\n', "Where is my card, please?"),
+        ('"Where is my ""card"", please?"', 'Where is my "card", please?'),
+        ('\r\n"two\nlines, and a comma"\r\n\r\n', "two\nlines, and a comma"),
+        ('" a "', " a "),
+        ('"half', '"half'),  # no cell: as it was sent
+        ('"a" b', '"a" b'),
+        ('"a","b"', '"a","b"'),
+        (' "a"', ' "a"'),
+    ],
+)
+def test_a_single_quoted_cell_of_csv_is_a_text_without_its_quotes(source: str, text: str) -> None:
+    for media in ("text/csv", "text/tab-separated-values"):
+        assert texts(read({"body": source}, Headers(media))) == [text]
+
+
+def test_quoted_cells_of_csv_on_several_lines_need_a_header() -> None:
+    assert "is a header" in refusal({"body": '"one"\n"two"\n'}, Headers("text/csv")).message
+    assert "not valid CSV" in refusal({"body": '"one"\n"two'}, Headers("text/csv")).message
+
+
 @pytest.mark.parametrize("media", ["application/jsonlines", "application/x-ndjson", "application/jsonl", "text/jsonl"])
 def test_json_lines_are_a_list(media: str) -> None:
     source = '{"text": "a"}\r\n\n"b"\n{"inputs": "c", "parameters": {"top_k": 2}}\n'

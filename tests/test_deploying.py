@@ -18,8 +18,9 @@ import time
 import urllib.error
 import urllib.request
 import zipfile
+from importlib import metadata
 from pathlib import Path
-from typing import Any, Dict, Iterator, List, Sequence
+from typing import Any, Dict, Iterator, List, Sequence, Set
 
 import pytest
 from conftest import ROOT
@@ -217,6 +218,7 @@ def test_a_damaged_archive_is_not_packed(mar: Path, tmp_path: Path, capsys: pyte
     ("changed", "told"),
     [
         ({"versions": {"torch": "2.13.0\n--extra-index-url https://evil.example/simple\nevil"}}, "which is no version"),
+        ({"versions": {"tokenizers": "0.9.4\n--pre"}}, "built with tokenizers '0.9.4\\n--pre', which is no version"),
         ({"version": "1.0 $(touch x)"}, "version should be 1 to 64 letters"),
         ({"task": "nonsense"}, "has the task 'nonsense', and this traceserve knows sequence_classification,"),
         ({"hardware": "toaster"}, "has the hardware 'toaster', and this traceserve knows cpu, gpu, neuron, neuronx"),
@@ -243,6 +245,35 @@ def test_the_torch_of_an_image_is_the_archives(mar: Path) -> None:
     ):
         manifest = dataclasses.replace(own.manifest, versions={"torch": built})
         assert f"torch=={installed}" in packages.requirements([dataclasses.replace(own, manifest=manifest)], ())
+
+
+def test_an_image_has_the_packages_that_the_archives_were_compared_with(mar: Path) -> None:
+    """Not those of the environment that deploys; of several archives the newest; and only those that are needed."""
+    [own] = described.describe([mar])
+
+    def pins(save_mode: str, *versions: Dict[str, str]) -> List[str]:
+        manifests = [dataclasses.replace(own.manifest, save_mode=save_mode, versions=each) for each in versions]
+        return packages.requirements([dataclasses.replace(own, manifest=each) for each in manifests], ())
+
+    versions = {"tokenizers": "0.21.1", "transformers": "4.57.1", "onnxruntime": "1.20.0", "openvino": "2026.1.0"}
+    for save_mode, has in (("pretrained", "transformers"), ("onnx", "onnxruntime"), ("openvino", "openvino")):
+        found = pins(save_mode, versions)
+        assert f"{has}=={versions[has]}" in found and "tokenizers==0.21.1" in found
+        others = {"transformers", "onnxruntime", "openvino"} - {has}
+        assert not others & {line.partition("==")[0] for line in found}
+    assert "tokenizers==0.21.1" in pins("torchscript", versions, {"tokenizers": "0.9.4"}, {})
+    assert f"tokenizers=={metadata.version('tokenizers')}" in pins("torchscript", {})
+
+
+def test_what_a_version_that_is_not_installed_needs_is_left_to_pip(mar: Path) -> None:
+    [own] = described.describe([mar])
+
+    def names(versions: Dict[str, str]) -> Set[str]:
+        manifest = dataclasses.replace(own.manifest, versions=versions)
+        pins = packages.requirements([dataclasses.replace(own, manifest=manifest)], ())
+        return {line.partition("==")[0] for line in pins}
+
+    assert "huggingface-hub" in names({}) - names({"tokenizers": "0.9.4"})
 
 
 @pytest.mark.parametrize(

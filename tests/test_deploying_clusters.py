@@ -374,6 +374,7 @@ def test_the_ray_service_fits(mar: Path, count: int, tmp_path: Path) -> None:
     for container in (group["template"]["spec"]["containers"][0] for group in groups):
         assert container["image"] == "tiny:1.0" and container["securityContext"]["readOnlyRootFilesystem"]
         assert container["env"][0]["valueFrom"]["secretKeyRef"]["name"] == "tiny-keys"
+        assert {"name": "RAY_worker_niceness", "value": "0"} in container["env"]
     pytest.importorskip("kubernetes_validate").validate(  # the pods are ordinary ones
         {
             "apiVersion": "v1",

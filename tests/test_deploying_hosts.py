@@ -191,7 +191,9 @@ def test_batch_transform_is_told_what_it_may_send(container: Container) -> None:
         (["train"], {}, "with `serve`, not with train"),
         ([], {}, "not with nothing"),
         (["serve"], {"SAGEMAKER_BIND_TO_PORT": "http"}, "SAGEMAKER_BIND_TO_PORT should be a whole number"),
-        (["serve"], {"SAGEMAKER_MAX_PAYLOAD_IN_MB": "0"}, "SAGEMAKER_MAX_PAYLOAD_IN_MB should be"),
+        (["serve"], {"SAGEMAKER_MAX_PAYLOAD_IN_MB": "-1"}, "SAGEMAKER_MAX_PAYLOAD_IN_MB should be"),
+        # 0 is SageMaker's word for no limit: the next thing is told.
+        (["serve"], {"SAGEMAKER_MAX_PAYLOAD_IN_MB": "0"}, "there is no archive at"),
     ],
 )
 def test_a_wrong_call_is_told(arguments: List[str], environment: Dict[str, str], told: str) -> None:

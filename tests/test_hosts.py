@@ -1915,6 +1915,89 @@ def test_a_body_may_be_as_large_as_a_request_within_the_archives_limits(classifi
 
 
 def test_batch_transform_is_told_no_more_than_it_may_send() -> None:
-    for megabytes, most in ((99, 99), (1024, 100)):
-        container = sagemaker.Container(None, 4, megabytes)  # type: ignore[arg-type]
-        assert container._parameters()["MaxPayloadInMB"] == most
+    """Bodies beyond the archive's own limit are refused, and SageMaker takes no product beyond 100 MB."""
+    for megabytes, largest_body, payload, concurrent in (
+        (99, 1 << 30, 99, 1),
+        (1024, 1 << 30, 100, 1),
+        (1024, 5 << 19, 2, 4),
+        (1, 5 << 19, 1, 4),
+        (1024, 40 << 20, 40, 2),
+        (1024, 1000, 1, 4),
+    ):
+        container = sagemaker.Container(SimpleNamespace(largest_body=largest_body), 4, megabytes)  # type: ignore[arg-type]
+        found = container._parameters()
+        assert (found["MaxPayloadInMB"], found["MaxConcurrentTransforms"]) == (payload, concurrent)
+
+
+@pytest.mark.parametrize(
+    ("attributes", "path"),
+    [
+        ("", "/"),
+        ("trace=1", "/"),
+        ("xpath=1,my-path=2, file.path=3,pathology=4", "/"),
+        ("trace=1,path=v1/classify", "/v1/classify"),
+        ("a=1; path=/v1/classify;b=2", "/v1/classify"),
+        ("path=v1/models/tiny:predict other", "/v1/models/tiny:predict"),
+        ('path="v1/classify"', None),
+        ("path='v1/classify'", None),
+        ("Path=v1/classify", None),
+        ("path = v1/classify", None),
+        ("x=1&path=v1/classify", None),
+        ("path=v1%2Fclassify", None),
+        ('{"path": "v1/classify"}', None),
+        ("path=", None),
+    ],
+)
+def test_a_path_in_custom_attributes_is_followed_or_refused(attributes: str, path: Optional[str]) -> None:
+    headers = {"x-amzn-sagemaker-custom-attributes": attributes}
+    if path is not None:
+        assert sagemaker._path(headers) == path
+    else:
+        with pytest.raises(asgi.Refused, match="write path=v1/embeddings") as refusal:
+            sagemaker._path(headers)
+        assert refusal.value.status == 400
+
+
+def test_batch_transform_gets_json_lines(classifier: Service) -> None:
+    hosted = Hosted(classifier)
+    container = sagemaker.Container(hosted.application, 4, 6)
+
+    async def ask(body: Any, accept: str = "application/jsonlines", attributes: str = "") -> Answer:
+        own = {
+            b"accept": accept,
+            b"x-amzn-sagemaker-custom-attributes": attributes,
+            b"content-type": "application/json",
+        }
+        headers = [(name, value.encode()) for name, value in own.items()]
+        scope = {"type": "http", "method": "POST", "path": "/invocations", "headers": headers}
+        return await collected(messages(container, scope, json.dumps(body).encode()))
+
+    async def all_of_them() -> None:
+        plain, lines = await ask([TEXT, "No."], "*/*"), await ask([TEXT, "No."])
+        raw = b"".join(lines.pieces)
+        assert [json.loads(line) for line in raw.splitlines()] == plain.json and raw.endswith(b"}\n")
+        assert lines.headers["content-type"] == "application/jsonlines"
+        assert lines.headers["content-length"] == str(len(raw))
+        one = await ask(TEXT)
+        assert one.json["label"] == plain.json[0]["label"] and one.headers["content-type"] == "application/json"
+        assert (await ask({"txt": 1})).status == 400
+        other = await ask({"input": [TEXT]}, attributes="path=v1/classify")
+        assert other.json["data"] and other.headers["content-type"] == "application/json"
+
+    asyncio.run(all_of_them())
+
+
+@pytest.mark.parametrize("call", ["web.main(['a.mar'])", "sagemaker.main(['serve'])"])
+def test_sigterm_ends_a_host_that_loads(call: str) -> None:
+    """Also where it is ignored so far, as by a container's first process."""
+    code = (
+        "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); from traceserve_hosts import sagemaker, web; "
+        f"web.loaded = lambda *given: (print('loading', flush=True), time.sleep(60)); {call}"
+    )
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None and process.stdout.readline() == "loading\n"
+        process.terminate()
+        try:
+            assert process.wait(20) == 143
+        finally:
+            process.kill()

@@ -214,6 +214,11 @@ class Application:
         self._health = _Health()
         self._canary: Optional[asyncio.Future[None]] = None  # on its way, for all who ask meanwhile
 
+    @property
+    def largest_body(self) -> int:
+        """In bytes; larger ones are refused."""
+        return self._limits.largest_body
+
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one request; websockets are closed."""
         await guarded(self._answer, scope, receive, send)

@@ -15,6 +15,8 @@ MODULE = "traceserve_hosts.ray_serve"
 ROUTER = "traceserve-router"
 # The metric of requests whose path has the version; Ray adds `ray_`.
 NAMING = "traceserve_requests_naming_version_total"
+# The variable of the niceness that Ray gives all that it starts: by default 15, so that anything else starves them.
+NICENESS = "RAY_worker_niceness"
 NEURON_CORES = "neuron_cores"  # what Ray calls them, by which it tells a process which are its own
 
 

@@ -7,25 +7,42 @@
 
 on the port SAGEMAKER_BIND_TO_PORT (8080). Bodies are limited by the archive's own limits; SageMaker limits them by the kind of
 endpoint (6 MB or 25 MB where it answers at once, 1 GB where it is asynchronous), and in a batch transform by
-SAGEMAKER_MAX_PAYLOAD_IN_MB, which /execution-parameters repeats. `InvokeEndpointWithResponseStream`
-gets a stream in pieces. All other protocols stand behind /invocations by the header that a client may choose:
+SAGEMAKER_MAX_PAYLOAD_IN_MB (0: not at all). /execution-parameters has the lower limit.
+`Accept: application/jsonlines` gets a list of answers as one line for each, and `InvokeEndpointWithResponseStream`
+a stream in pieces. All other protocols stand behind /invocations by the header that a client may choose:
 `X-Amzn-SageMaker-Custom-Attributes: path=v1/embeddings`.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import sys
-from typing import Dict, Mapping, Optional, Sequence
+from typing import Dict, List, Mapping, Optional, Sequence
 
 from traceserve_hosts import web
-from traceserve_hosts.asgi import Application, Receive, Refused, Scope, Send, guarded, headers_of, path_of, replied
+from traceserve_hosts.asgi import (
+    Application,
+    Message,
+    Receive,
+    Refused,
+    Scope,
+    Send,
+    guarded,
+    headers_of,
+    path_of,
+    replied,
+)
 
 MODEL = "/opt/ml/model"
-_PATH = re.compile(r"(?:^|[,;\s])path=([\w./:-]+)")  # of a protocol, within the custom attributes
+_ATTRIBUTES = "X-Amzn-SageMaker-Custom-Attributes"
+_PATH = re.compile(r"(?:^|[,;\s])path=([\w./:-]+)(?=$|[,;\s])")  # of a protocol, within the custom attributes
+_MEANT_AS_A_PATH = re.compile(r"""(?<![\w./-])path["']?\s*[=:]""", re.IGNORECASE)
 _SECONDS_OF_PING = 1.5  # SageMaker waits two
 _LARGEST = 1024  # MB, of an asynchronous endpoint's body
+_ALL_PAYLOADS = 100  # MB, of all concurrent requests of a batch transform, by SageMaker's own limit
+_LINES = "application/jsonlines"
 
 
 class Container:
@@ -48,41 +65,92 @@ class Container:
         elif path == "/execution-parameters":
             await replied(send, 200, self._parameters())
         elif path == "/invocations":
-            await self._application({**scope, "root_path": "", "path": _path(headers_of(scope))}, receive, send)
+            headers = headers_of(scope)
+            asked = _path(headers)
+            send = InLines(send) if asked == "/" and _wants_lines(headers) else send
+            await self._application({**scope, "root_path": "", "path": asked}, receive, send)
         else:
             raise Refused(
                 404, "NotFound", "SageMaker asks /ping and /invocations; other paths go into a header, see the docs"
             )
 
     def _parameters(self) -> Dict[str, object]:
+        payload = max(1, min(self._megabytes, self._application.largest_body >> 20, _ALL_PAYLOADS))
         return {
-            "MaxConcurrentTransforms": self._batch_size,
+            "MaxConcurrentTransforms": max(1, min(self._batch_size, _ALL_PAYLOADS // payload)),
             "BatchStrategy": "SINGLE_RECORD",
-            "MaxPayloadInMB": min(self._megabytes, 100),
+            "MaxPayloadInMB": payload,
         }
 
 
+class InLines:
+    """Sends a list of answers as JSON lines: one line for each. Errors, other documents and streams stay as they are."""
+
+    def __init__(self, send: Send) -> None:
+        self._send = send
+        self._start: Optional[Message] = None  # held back until the body is known
+
+    async def __call__(self, message: Message) -> None:
+        """Send one message of an answer."""
+        if message["type"] == "http.response.start":
+            if message["status"] == 200:
+                self._start = message
+                return
+        elif self._start is not None:
+            start, self._start = self._start, None
+            if not message.get("more_body", False):
+                start, message = _in_lines(start, message)
+            await self._send(start)
+        await self._send(message)
+
+
+def _in_lines(start: Message, message: Message) -> List[Message]:
+    """A whole answer, as JSON lines if it is a list."""
+    if dict(start["headers"]).get(b"content-type") != b"application/json":
+        return [start, message]
+    answers = json.loads(message["body"])
+    if not isinstance(answers, list):
+        return [start, message]
+    body = "".join(json.dumps(answer, ensure_ascii=False) + "\n" for answer in answers).encode("utf-8")
+    changed = {b"content-type": _LINES.encode(), b"content-length": str(len(body)).encode()}
+    headers = [(name, changed.get(name, value)) for name, value in start["headers"]]
+    return [{**start, "headers": headers}, {**message, "body": body}]
+
+
+def _wants_lines(headers: Mapping[str, str]) -> bool:
+    return headers.get("accept", "").partition(";")[0].strip().lower() == _LINES
+
+
 def _path(headers: Mapping[str, str]) -> str:
-    """Where the application has what is asked: the task itself, or a protocol."""
-    found = _PATH.search(headers.get("x-amzn-sagemaker-custom-attributes", ""))
+    """Where the application has what is asked: the task itself, or a protocol; raises Refused for one that cannot be read."""
+    attributes = headers.get(_ATTRIBUTES.lower(), "")
+    found = _PATH.search(attributes)
+    if found is None and _MEANT_AS_A_PATH.search(attributes):
+        message = (
+            f"the path in {_ATTRIBUTES} cannot be read: write path=v1/embeddings, without quotes and spaces, and with a comma, "
+            "a semicolon or a space between it and other attributes"
+        )
+        raise Refused(400, "InvalidRequest", message)
     return f"/{found[1].strip('/')}" if found else "/"
 
 
 def main(arguments: Sequence[str], model: str = MODEL, environment: Mapping[str, str] = os.environ) -> Optional[str]:
     """Serve the model's files; gives why they cannot be served, or None at the end."""
+    web.end_at_sigterm()
     if list(arguments) != ["serve"]:
         return f"SageMaker calls this container with `serve`, not with {' '.join(arguments) or 'nothing'}"
     port = environment.get("SAGEMAKER_BIND_TO_PORT", "8080")
     megabytes = environment.get("SAGEMAKER_MAX_PAYLOAD_IN_MB", str(_LARGEST))
-    for name, value in (("SAGEMAKER_BIND_TO_PORT", port), ("SAGEMAKER_MAX_PAYLOAD_IN_MB", megabytes)):
-        if not value.isdecimal() or int(value) < 1:
-            return f"{name} should be a whole number of 1 or more, not {value!r}"
+    for name, value, least in (("SAGEMAKER_BIND_TO_PORT", port, 1), ("SAGEMAKER_MAX_PAYLOAD_IN_MB", megabytes, 0)):
+        if not value.isdecimal() or int(value) < least:
+            return f"{name} should be a whole number of {least} or more, not {value!r}"
     try:
         archive = web.loaded(model)
         application = web.application(archive)
     except (RuntimeError, OSError) as error:  # a path may be refused
         return str(error)
-    web.serve_until_signal(Container(application, archive.batch_size, int(megabytes)), "0.0.0.0", int(port))
+    most = int(megabytes) or _LARGEST  # 0 is SageMaker's word for no limit
+    web.serve_until_signal(Container(application, archive.batch_size, most), "0.0.0.0", int(port))
     return None
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Optional, Sequence
@@ -62,6 +63,11 @@ def application(archive: Loaded, largest_body: Optional[int] = None) -> Applicat
     return Application(archive.service, Batcher(archive.service, archive.batch_size, archive.batch_delay), limits)
 
 
+def end_at_sigterm() -> None:
+    """Let SIGTERM end this process until uvicorn takes its place: by default a container's first process ignores it."""
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+
+
 def serve_until_signal(
     served: Asgi, host: str, port: int, certificate: Optional[str] = None, private_key: Optional[str] = None
 ) -> None:
@@ -84,6 +90,7 @@ def serve_until_signal(
 
 def main(arguments: Optional[Sequence[str]] = None) -> Optional[str]:
     """Serve; gives why it cannot, or None at the end."""
+    end_at_sigterm()
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("archive", help="a .mar, the folder of one, or a URL of one")
     parser.add_argument("--name", help="under which it is served [the archive's own]")

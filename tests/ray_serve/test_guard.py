@@ -33,14 +33,40 @@ frontend http_frontend
 """
 
 
+# The lines of Ray's that matter, as `ray_cluster` changed them.
+RAYS = """global
+    stats socket /run/admin.sock mode 666 level admin expose-fd listeners
+    stats timeout 30s
+    maxconn 20000
+defaults
+    mode http
+frontend prometheus
+    bind 127.0.0.1:7001
+    mode http
+frontend http_frontend
+    bind 127.0.0.1:7000
+    default_backend default
+backend default
+    server proxy 127.0.0.1:7002 check backup
+listen stats
+    bind 127.0.0.1:7003
+    stats enable
+    stats uri /stats
+"""
+
+
+def guarding(run: Path, code: str) -> List[str]:
+    """The command of a guard whose cluster is some Python."""
+    guard = [sys.executable, "-m", "traceserve.serving.ray_guard", str(run), _real_haproxy()]
+    return [*guard, sys.executable, "-S", "-c", code]
+
+
 class Guarded:
     """A running guard, whose HAProxy's end is what the file of its process says."""
 
     def __init__(self, run: Path) -> None:
         self.run, self.port = run, configuration.free_ports(1)[0]
-        command = [sys.executable, "-m", "traceserve.serving.ray_guard", str(run), _real_haproxy()]
-        command += [sys.executable, "-S", "-c", "import time; time.sleep(600)"]
-        self.process = psutil.Popen(command, stderr=subprocess.DEVNULL)
+        self.process = psutil.Popen(guarding(run, "import time; time.sleep(600)"), stderr=subprocess.DEVNULL)
 
     def configured(self) -> None:
         text = CONFIGURATION.format(run=self.run, port=self.port)
@@ -122,3 +148,51 @@ def test_a_stand_in_that_no_later_proxy_could_end_does_not_stay(guarded: Guarded
     wait_until(lambda: bool(guarded.noted()), 10)
     assert [str(each.pid) for each in guarded.proxies()] == guarded.noted().split()
     wait_until(guarded.answers, 10)
+
+
+def test_a_stand_in_has_no_socket_but_the_door() -> None:
+    """What tells Ray of a running HAProxy would hide that the real one is gone."""
+    assert (
+        ray_guard.stand_in(RAYS)
+        == """global
+    maxconn 20000
+defaults
+    mode http
+frontend prometheus
+    mode http
+frontend http_frontend
+    bind 127.0.0.1:7000
+    default_backend default
+backend default
+    server proxy 127.0.0.1:7002 check backup
+"""
+    )
+    plain = CONFIGURATION.replace("    stats socket {run}/admin.sock\n", "")
+    assert ray_guard.stand_in(plain) == plain
+
+
+def test_a_guard_ends_as_its_cluster_does(tmp_path: Path) -> None:
+    assert subprocess.run(guarding(tmp_path, "raise SystemExit(7)")).returncode == 7
+
+
+def test_a_guard_that_is_told_of_the_end_starts_no_stand_in(guarded: Guarded) -> None:
+    guarded.configured()
+    guarded.ended()
+    wait_until(guarded.answers, 10)  # it watches
+    [first] = guarded.proxies()
+    guarded.process.send_signal(signal.SIGUSR1)
+    time.sleep(0.5)
+    guarded.ended()
+    time.sleep(1)
+    assert guarded.proxies() == [first]
+
+
+def test_a_proxy_that_nobody_has_waited_for_has_ended(guarded: Guarded) -> None:
+    guarded.configured()
+    process = subprocess.Popen(["true"])
+    try:
+        wait_until(lambda: psutil.Process(process.pid).status() == psutil.STATUS_ZOMBIE, 10)
+        (guarded.run / ray_guard.PID).write_text(str(process.pid))
+        wait_until(guarded.answers, 10)
+    finally:
+        process.wait()

@@ -21,10 +21,11 @@ import pytest
 from traceserve import cli
 from traceserve.errors import ServerError
 from traceserve.measuring import activity
-from traceserve.serving import configuration, instances, keys, server
+from traceserve.serving import configuration, instances, keys, ray_cluster, server
 from traceserve.serving.engines import RAY
 from traceserve.serving.front import FrontendOptions
 from traceserve.serving.instances import Instance
+from traceserve.serving.plan import ServerPlan
 from traceserve_hosts import ray_serve
 from traceserve_hosts.asgi import Application
 from traceserve_hosts.batcher import Asked, Batcher
@@ -109,6 +110,24 @@ def test_the_router_passes_on_in_pieces_what_it_cannot_search() -> None:
     asyncio.run(ask(body, b"identity"))
     asyncio.run(ask(b'{"prompt": "x"}', b""))
     assert streamed == [True, True, False]
+
+
+def test_the_environment_of_a_cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", "of another cluster")
+    monkeypatch.setenv("PYTHONUTF8", "0")
+    (tmp_path / "run").mkdir()
+    plan = ServerPlan({}, "127.0.0.1", 7000, FrontendOptions(), 60.0, print, RAY, folder=tmp_path)
+    found = ray_cluster._variables(plan, dict.fromkeys(ray_cluster._PORTS, 1), None)
+    assert found["RAY_worker_niceness"] == "0" and found["PYTHONUTF8"] == "1" and "RAY_ADDRESS" not in found
+    assert float(found["RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S"]) > 5
+
+
+def test_no_process_is_nicer_than_the_first(served: Instance) -> None:
+    """As Ray's are by default: others on the machine starve them."""
+    first = psutil.Process(served.pid)
+    family = first.children(recursive=True)
+    assert any(each.name() == "haproxy" for each in family)
+    assert {each.nice() for each in family} == {first.nice()}
 
 
 def test_commands_know_it(served: Instance, capsys: pytest.CaptureFixture[str]) -> None:

@@ -8,8 +8,9 @@ Bytes are
    valid UTF-8 is read as UTF-8 whatever is declared, as in TorchServe itself),
 3. parsed by their media type: any name with "json" in it is JSON; jsonlines and ndjson are a list, one JSON value per
    line; text/csv and text/tab-separated-values are a list, one request per line below a header of field names (a single
-   line that is not a header is a text); any other text/* is a text, even if it looks like JSON; with an unknown type
-   (none, application/octet-stream, ...), a body that begins with {, [ or " is JSON, and any other is a text.
+   line that is not a header is a text, and so is a single quoted cell, without its quotes); any other text/* is a text,
+   even if it looks like JSON; with an unknown type (none, application/octet-stream, ...), a body that begins with {, [
+   or " is JSON, and any other is a text.
 
 The parts `data`, `inputs` and `body` each hold a whole body, parsed by the same rules with the part's own media type; a
 part that comes alone is the body. A part named like a field of the task holds that field's text, or its JSON if the
@@ -169,16 +170,20 @@ def _without_target(text: str) -> str:
 def _table(text: str, separator: str, task: Type[Task], part: str, most: int, budget: JsonBudget) -> object:
     """Return the requests in a CSV file whose header names fields, or only `inputs`.
 
-    Several lines without a header are refused: column names could be answered as if they were text. An empty
-    cell of an optional field counts as not sent.
+    Several lines without a header are refused: column names could be answered as if they were text. A single line is
+    a text, whose commas need no quotes; what quotes it as one cell, such as SageMaker's batch transform of a table, is
+    undone. An empty cell of an optional field counts as not sent.
     """
     csv.field_size_limit(max(csv.field_size_limit(), len(text)))
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=separator, strict=True)
     try:
-        header = [cell.strip() for cell in next((cells for cells in reader if cells), [])]
+        cells = next((cells for cells in reader if cells), [])
+        header = [cell.strip() for cell in cells]
         problem = _wrong_header(header, [*(field.name for field in task.fields), "parameters"])
         if not problem:
             return _limited(_rows(reader, header, task, part, budget), most)
+        if len(header) == 1 and text.lstrip("\r\n").startswith('"') and not any(reader):
+            return cells[0]
     except csv.Error as error:
         problem = f"line {reader.line_num} is not valid CSV: {error}"
     if len(text.strip("\r\n").splitlines()) <= 1:

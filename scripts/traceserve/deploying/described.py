@@ -20,6 +20,9 @@ from traceserve.building.config.hardware import HARDWARE
 from traceserve.building.config.save_modes import SAVE_MODES
 from traceserve.errors import ArchiveError, DeployError
 
+# Packages whose versions, where an archive was built and compared, are those of its deployment.
+COMPARED = ("torch", "tokenizers", "transformers", "onnxruntime", "openvino")
+
 
 @dataclass(frozen=True)
 class Described:
@@ -75,12 +78,14 @@ def _check_known(file: Path, manifest: Manifest) -> None:
     ):
         if value not in known:
             raise DeployError(f"{file} has the {what} {value!r}, and this traceserve knows {', '.join(known)}")
-    try:
-        torch_version(manifest)
-    except InvalidVersion:
-        raise DeployError(
-            f"{file} was built with torch {manifest.versions['torch']!r}, which is no version; build it again"
-        ) from None
+    for package in COMPARED:
+        try:
+            built_with(manifest, package)
+        except InvalidVersion:
+            version = manifest.versions[package]
+            raise DeployError(
+                f"{file} was built with {package} {version!r}, which is no version; build it again"
+            ) from None
 
 
 def _check_whole(file: Path, manifest: Manifest) -> None:
@@ -101,7 +106,7 @@ def _check_together(found: Sequence[Described]) -> None:
     """Archives of one deployment run in one image and on one kind of machine."""
     for what, value in (
         ("hardware", lambda each: each.manifest.hardware),
-        ("torch", lambda each: torch_version(each.manifest)),
+        ("torch", lambda each: built_with(each.manifest, "torch")),
     ):
         values = {value(each): each.file for each in found}
         if len(values) > 1:
@@ -112,8 +117,8 @@ def _check_together(found: Sequence[Described]) -> None:
             )
 
 
-def torch_version(manifest: Manifest) -> str:
-    """The torch that the archive was built with, without the mark of its build (+cpu); empty if it does not say. Raises
-    InvalidVersion."""
-    torch = manifest.versions.get("torch", "")
-    return Version(torch).public if torch else ""
+def built_with(manifest: Manifest, package: str) -> str:
+    """The version of a package that the archive was built with, without the mark of its build (+cpu); empty if it does not say.
+    Raises InvalidVersion."""
+    version = manifest.versions.get(package, "")
+    return Version(version).public if version else ""

@@ -9,13 +9,14 @@ from __future__ import annotations
 import importlib.util
 from importlib import metadata
 from pathlib import Path
-from typing import Dict, Iterator, List, Sequence, Set, Tuple
+from typing import Dict, Iterator, List, Mapping, Sequence, Set, Tuple
 
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
+from packaging.version import Version
 from traceserve_runtime.manifest import Manifest
 
-from traceserve.deploying.described import Described, torch_version
+from traceserve.deploying.described import COMPARED, Described, built_with
 from traceserve.deploying.plan import Copy
 from traceserve.errors import DeployError
 
@@ -57,13 +58,13 @@ _HANDLER = "transformer_handler"
 def requirements(archives: Sequence[Described], extra: Sequence[str]) -> List[str]:
     """The lines of requirements.txt: every package that the archives need, with the version that it has here.
 
-    torch has the version that the archives were built and compared with. What is not installed here has no version.
+    torch, and what else computes or tokenizes, has the version that the archives were built and compared with. What is not
+    installed here has no version.
     """
     wanted = [*_COMMAND, *extra]
     for each in archives:
         wanted += of_worker(each.manifest)
-    pins = _closure(dict.fromkeys(wanted))
-    pins["torch"] = torch_version(archives[0].manifest) or pins["torch"]
+    pins = _closure(dict.fromkeys(wanted), _compared(archives))
     lines = [f"{name}=={version}" for name, version in pins.items() if version]
     return sorted([*lines, *(name for name, version in pins.items() if not version)])
 
@@ -85,23 +86,37 @@ def ray_version() -> str:
         return TRIED["ray[serve]"]
 
 
-def _closure(wanted: Dict[str, None]) -> Dict[str, str]:
-    """The installed versions of these packages and of all that they depend on; torch's own are left to pip."""
+def _compared(archives: Sequence[Described]) -> Dict[str, str]:
+    """The packages' versions that the archives were compared with; of several the newest, which reads all tokenizers."""
+    found: Dict[str, str] = {}
+    for package in COMPARED:
+        versions = [built_with(each.manifest, package) for each in archives]
+        found[package] = max(filter(None, versions), key=Version, default="")
+    return found
+
+
+def _closure(wanted: Dict[str, None], compared: Mapping[str, str]) -> Dict[str, str]:
+    """These packages and all that they depend on, in the versions that are compared, else installed.
+
+    What torch needs, and what needs another version than the installed one, are left to pip.
+    """
     found: Dict[str, str] = {}
     waiting = [Requirement(name) for name in wanted]
     while waiting:
         needed = waiting.pop()
         name = canonicalize_name(needed.name)
+        if name in found and not needed.extras:
+            continue
         try:
             distribution = metadata.distribution(name)
         except metadata.PackageNotFoundError:
             written = str(needed) if needed.extras or needed.specifier else name
-            found.setdefault(written, TRIED.get(written, ""))
+            written, version = (name, compared[name]) if compared.get(name) else (written, TRIED.get(written, ""))
+            found.setdefault(written, version)
             continue
-        if name in found and not needed.extras:
-            continue
-        found[name] = distribution.version.partition("+")[0]
-        if name != "torch":
+        installed = distribution.version.partition("+")[0]
+        found[name] = compared.get(name) or installed
+        if name != "torch" and found[name] == installed:
             waiting += list(_dependencies(distribution, needed.extras))
     return found
 

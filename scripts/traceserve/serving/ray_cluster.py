@@ -130,8 +130,10 @@ def _variables(plan: ServerPlan, ports: Mapping[str, int], key: Optional[str]) -
     own = {
         **libraries.settings(),
         "TMPDIR": str(plan.folder / "tmp"),
+        "PYTHONUTF8": "1",  # Ray reads and writes its files by the locale, which may be ASCII
         mirror.VARIABLE: str(plan.folder / configuration.MIRROR_FILE),
         "RAY_USAGE_STATS_ENABLED": "0",
+        ray_config.NICENESS: "0",
         # Without the token every user of this machine could run code in the cluster.
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN": secrets.token_hex(32),
@@ -163,6 +165,8 @@ def _variables(plan: ServerPlan, ports: Mapping[str, int], key: Optional[str]) -
         "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "5",
         # Ray starts HAProxy again once it was missed three times in a row; by default every ten seconds.
         "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "1",
+        # Ray's 5 are too few on a busy machine: it ends the actor that starts HAProxy, and begins again.
+        "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "30",
         "RAY_SERVE_HAPROXY_STATS_PORT": str(ports["statistics"]),
         "RAY_SERVE_HAPROXY_METRICS_PORT": str(ports["haproxy"]),
     }

@@ -6,7 +6,7 @@ import json
 from typing import Any, Dict, List, Sequence
 
 from traceserve_hosts import KEY_VARIABLE
-from traceserve_hosts.ray_config import NEURON_CORES, Hosted, Replicas, applications
+from traceserve_hosts.ray_config import NEURON_CORES, NICENESS, Hosted, Replicas, applications
 
 from traceserve.deploying import packages, resources, templates
 from traceserve.deploying.described import Described
@@ -117,7 +117,8 @@ def _container(needed: Dict[str, Any], urls: Sequence[str], secret: str) -> Dict
             {
                 "name": KEY_VARIABLE,
                 "valueFrom": {"secretKeyRef": {"name": secret, "key": "key"}},
-            }
+            },
+            {"name": NICENESS, "value": "0"},
         ],
         "resources": needed,
         "readinessProbe": {
