@@ -180,6 +180,27 @@ def test_a_killed_process_leaves_nothing_for_ever(archive: traceserve.BuiltArchi
     assert list(tmp_path.iterdir()) == []
 
 
+FORKED = """
+import os, sys, tempfile, traceserve
+
+tempfile.tempdir = sys.argv[2]
+model = traceserve.load(sys.argv[1])
+child = os.fork()
+if child == 0:
+    sys.exit(0)
+os.waitpid(child, 0)
+print(len(os.listdir(sys.argv[2])), bool(model.explain("A red flower.")["words"]))
+"""
+
+
+def test_a_forked_child_that_ends_leaves_its_parents_folder(archive: traceserve.BuiltArchive, tmp_path: Path) -> None:
+    """As a worker of gunicorn --preload, or of multiprocessing."""
+    command = [sys.executable, "-c", FORKED, str(archive.path), str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.stdout == "1 True\n", done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_errors_speak_of_arguments(archive: traceserve.BuiltArchive, checkpoint: Make, tmp_path: Path) -> None:
     name = str(checkpoint("bert"))
     with pytest.raises(ConfigError) as empty:
