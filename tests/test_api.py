@@ -8,6 +8,8 @@ import random
 import re
 import subprocess
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import MappingProxyType, SimpleNamespace
 from typing import Any, Callable, Dict, List
@@ -16,10 +18,12 @@ import numpy as np
 import pytest
 import torch
 import traceserve
+from traceserve.building.writers.tracing.wrapping import as_traced
 from traceserve.checking.explaining import explain_archive
 from traceserve.errors import ConfigError, ExportError
 from traceserve_runtime.engine import Engine
 from traceserve_runtime.errors import InputTooLong, InvalidRequest, MissingPackage, TraceserveError
+from traceserve_runtime.runtimes import torch_internals
 
 Make = Callable[..., Path]
 
@@ -118,10 +122,92 @@ def test_only_given_samples_can_be_kept(checkpoint: Make, tmp_path: Path) -> Non
     assert list(tmp_path.iterdir()) == []
 
 
+AMBIENT: Dict[str, Callable[[], Any]] = {
+    "autocast": lambda: torch.autocast("cpu", torch.bfloat16, cache_enabled=False),
+    "inference_mode": torch.inference_mode,
+}
+
+
+@pytest.mark.parametrize("mode", AMBIENT)
+def test_a_programs_modes_change_neither_answers_nor_explanations(mode: str, archive: traceserve.BuiltArchive) -> None:
+    before = traceserve.load(archive)
+    one, words = before("A red flower."), before.explain("A red flower.", method="integrated_gradients")["words"]
+    with AMBIENT[mode]():
+        for model in (before, traceserve.load(archive)):
+            assert model("A red flower.") == one
+            found = model.explain("A red flower.", method="integrated_gradients")["words"]
+            attributions = [each["attribution"] for each in words]
+            assert [each["attribution"] for each in found] == pytest.approx(attributions, abs=1e-6)
+
+
+@pytest.mark.parametrize("mode", AMBIENT)
+def test_a_programs_modes_do_not_change_what_is_built(
+    mode: str, archive: traceserve.BuiltArchive, checkpoint: Make, tmp_path: Path
+) -> None:
+    name = str(checkpoint("bert", id2label={0: "red", 1: "green", 2: "blue"}))
+    with AMBIENT[mode]():
+        made = traceserve.build(
+            name, task="text-classification", max_length=32, dtype="float32", output=tmp_path / "x", store=tmp_path
+        )
+    expected = traceserve.load(archive)("A red flower.")
+    assert traceserve.load(made)("A red flower.") == {**expected, "score": pytest.approx(expected["score"], abs=1e-6)}
+
+
+def test_one_thread_builds_at_a_time(checkpoint: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    building: List[int] = []
+    most: List[int] = []
+
+    def fails(*_: object) -> None:
+        building.append(1)
+        most.append(len(building))
+        time.sleep(0.2)
+        building.pop()
+        raise ExportError("not today")
+
+    monkeypatch.setattr("traceserve.building.export._export", fails)
+    name = str(checkpoint("bert"))
+
+    def build(number: int) -> None:
+        with pytest.raises(ExportError, match="not today"):
+            traceserve.build(name, task="text-classification", output=tmp_path / f"{number}", store=tmp_path)
+
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(build, range(2)))
+    assert most == [1, 1]
+
+
+def test_other_threads_train_while_one_traces() -> None:
+    """torch's functions are replaced for the tracer in the thread that traces alone."""
+
+    class Rounded(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+            return x.round()
+
+        @staticmethod
+        def backward(ctx: Any, *grads: torch.Tensor) -> torch.Tensor:
+            return grads[0]
+
+    def gradient() -> List[float]:
+        x = torch.full((2,), 1.3, requires_grad=True)
+        with torch.enable_grad():
+            Rounded.apply(x).sum().backward()
+        return [] if x.grad is None else x.grad.tolist()
+
+    own = (torch.Tensor.as_strided, torch.Tensor.scatter, torch.cat, torch.autograd.Function.__dict__["apply"])
+    with ThreadPoolExecutor(1) as pool, as_traced(torch.nn.Linear(2, 2)):
+        assert pool.submit(gradient).result() == [1.0, 1.0]
+        traced = torch.jit.trace(lambda x: Rounded.apply(x), torch.ones(2))
+    assert "aten::round" in str(traced.graph) and "PythonOp" not in str(traced.graph)
+    assert own == (torch.Tensor.as_strided, torch.Tensor.scatter, torch.cat, torch.autograd.Function.__dict__["apply"])
+
+
 def test_a_build_leaves_the_callers_random_numbers_and_environment(
     checkpoint: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("TOKENIZERS_PARALLELISM", raising=False)
+    limit = sys.getrecursionlimit()
+    torch_internals.set_profiling(True)  # its default
 
     def drawn() -> List[float]:
         return [random.random(), float(np.random.rand()), float(torch.rand(()))]
@@ -138,6 +224,7 @@ def test_a_build_leaves_the_callers_random_numbers_and_environment(
     traceserve.build(name, task="text-classification", max_length=32, output=tmp_path / "x", store=tmp_path)
     assert drawn() == expected
     assert "TOKENIZERS_PARALLELISM" not in os.environ
+    assert sys.getrecursionlimit() == limit and torch_internals.set_profiling(True)
 
 
 def test_nothing_stays_of_what_was_unpacked(
@@ -177,6 +264,39 @@ def test_a_killed_process_leaves_nothing_for_ever(archive: traceserve.BuiltArchi
         process.kill()
     assert (left / "traceserve.json").is_file()
     subprocess.run(command, stdin=subprocess.DEVNULL, check=True, capture_output=True)
+    assert list(tmp_path.iterdir()) == []
+
+
+FORKED = """
+import os, sys, tempfile, torch, traceserve
+
+tempfile.tempdir = sys.argv[2]
+torch.set_num_threads(2)
+parents, alone = traceserve.load(sys.argv[1]), traceserve.load(sys.argv[1], threads=int(sys.argv[3]))
+expected = alone("A red flower.")
+child = os.fork()
+if child == 0:
+    for model in (parents, alone):
+        try:
+            print(model("A red flower.") == expected)
+        except traceserve.TraceserveError as error:
+            print(str(error)[:60])
+    sys.exit(0)
+os.waitpid(child, 0)
+print(len(os.listdir(sys.argv[2])), bool(parents.explain("A red flower.")["words"]))
+"""
+REFUSED = "this archive was loaded before the process was forked, and torch would wait"
+
+
+@pytest.mark.skipif((os.cpu_count() or 1) < 2, reason="torch has no threads to wait for")
+@pytest.mark.parametrize("threads, told", [(1, "True"), (2, REFUSED[:60])])
+def test_a_forked_child_neither_hangs_nor_takes_its_parents_folder(
+    threads: int, told: str, archive: traceserve.BuiltArchive, tmp_path: Path
+) -> None:
+    """As a worker of gunicorn --preload, or of multiprocessing."""
+    command = [sys.executable, "-c", FORKED, str(archive.path), str(tmp_path), str(threads)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.stdout.splitlines() == [REFUSED[:60], told, "2 True"], done.stderr
     assert list(tmp_path.iterdir()) == []
 
 

@@ -281,6 +281,10 @@ def test_each_border_is_crossed_in_one_place() -> None:
     assert {p.relative_to(ROOT).as_posix() for p in FILES if "openvino" in roots(p)} == {
         "handlers/traceserve_runtime/runtimes/openvino.py"  # without its telemetry
     }
+    assert {p.relative_to(ROOT).as_posix() for p in FILES if "onnxruntime" in roots(p)} == {
+        "handlers/traceserve_runtime/runtimes/onnx.py",  # without its telemetry
+        "scripts/traceserve/building/writers/onnx/optimization.py",  # a part of it, after `onnx_runtime`
+    }
     assert {p.name for p in FILES if "ray" in roots(p)} <= {"ray_serve.py", "ray_cluster.py"}
 
 

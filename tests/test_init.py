@@ -134,8 +134,10 @@ def test_several_tasks_are_named_to_a_script(
     assert not Path("setup_config.json").exists()
     assert main(["init", one_output(checkpoint), "--task", "text_ranking"]) == 0
     assert written(Path("setup_config.json"))["task"] == "text_ranking"
-    assert main(["init", "--force"]) == 1
-    assert "name a checkpoint" in capsys.readouterr().err
+    for nobody in (Input(terminal=False), None):  # None: it was closed by who started the command
+        monkeypatch.setattr("sys.stdin", nobody)
+        assert main(["init", "--force"]) == 1
+        assert "name a checkpoint" in capsys.readouterr().err
 
 
 def test_somebody_at_a_terminal_is_asked(checkpoint: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -127,3 +127,13 @@ def test_a_key_is_shown_to_a_person_alone(
     monkeypatch.setattr(sys.stdout, "isatty", lambda: terminal)
     assert cli.main(["serve", "tiny.mar", *options]) == (1 if options else 0)
     assert ("s3cret" in capsys.readouterr().out) == shown
+
+
+def test_serve_with_a_closed_output_starts_all_the_same(
+    server: Instance, artifact: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As a cron job's `>&-`: it failed once the server ran, and left it so."""
+    Path(server.folder, "store", "tiny").symlink_to(artifact)
+    monkeypatch.setattr(starting, "start", lambda *arguments, **options: server)
+    monkeypatch.setattr(sys, "stdout", None)
+    assert cli.main(["serve", "tiny.mar"]) == 0 and not capsys.readouterr().err

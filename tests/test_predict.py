@@ -131,3 +131,9 @@ def test_what_cannot_be_asked_is_refused(
     (tmp_path / "empty.txt").write_text("\n \n")
     assert cli.main(["predict", "tiny", *arguments]) == 1
     assert f"error: {words}" in capsys.readouterr().err
+
+
+def test_a_closed_input_is_an_error(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr("sys.stdin", None)
+    assert cli.main(["predict", "tiny", "-"]) == 1
+    assert "standard input is closed" in capsys.readouterr().err

@@ -218,3 +218,20 @@ def test_a_threads_own_number_is_kept_whatever_others_take() -> None:
         torch.set_num_threads(1)
         raise ValueError("nothing")
     assert torch.get_num_threads() == 2
+
+
+@pytest.mark.usefixtures("two_cores")
+def test_a_new_thread_waits_while_another_ones_number_is_the_processes() -> None:
+    """Of archives that several threads load at once, one had no lanes, and left new threads with one core."""
+
+    def number() -> int:
+        with team.threads_kept() as threads:
+            return threads
+
+    with ThreadPoolExecutor(1) as pool:
+        with team.threads_kept(), ThreadPoolExecutor(1, initializer=team.take_one_core) as lane:
+            lane.submit(int).result()
+            asked = pool.submit(number)
+            time.sleep(0.2)
+            assert not asked.done()
+        assert asked.result() == 2

@@ -7,6 +7,8 @@ keeps most of both. (GNU's OpenMP counts spins; others read only the first line.
 oneDNN caches code and buffers for each matrix shape, 1,024 of them, and torch's own cache as many again. Rows of any
 length have many shapes: a worker in bfloat16 grew to twice its memory. With 64 it is as fast, since the builder's graph
 rounds token counts up to few sizes. See docs/measurements.md for the figures.
+
+ONNX Runtime reports to Microsoft when imported. The runtimes of earlier archives do not turn that off themselves.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ DEFAULTS = {
     "GOMP_SPINCOUNT": "2000",
     "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "64",
     "LRU_CACHE_CAPACITY": "16",
+    "ORT_DISABLE_TELEMETRY": "1",
 }
 
 

@@ -22,6 +22,7 @@ from traceserve_runtime.settings import Settings, valid
 from traceserve.archives import contents, signing, staging
 from traceserve.archives.names import STORE
 from traceserve.building.config.parsing import LoadedConfig, check_labels_file, load_config, parse_config
+from traceserve.building.config.save_modes import SAVE_MODES
 from traceserve.building.config.targets import build_targets
 from traceserve.building.gate_options import GateOptions
 from traceserve.building.packing import export_and_pack
@@ -109,13 +110,16 @@ def _own_samples(samples: Union[str, Path, Iterable[str], None]) -> Optional[Own
 class LoadedArchive:
     """A loaded archive, which answers in this process as a worker does.
 
-    One thread at a time may ask it; a program of several threads loads one for each, or takes turns with a lock.
+    One thread at a time may ask it; a program of several threads loads one for each, or takes turns with a lock. A forked child
+    loads its own: it may ask its parent's only if that is of save mode `onnx` or `openvino`, or was loaded with `threads=1`.
     """
 
     def __init__(self, engine: Engine, close: Callable[[], object]) -> None:
         """`close` is called when nothing refers to it any more."""
         self.engine = engine
         self._service = Service(engine, engine.manifest.name, engine.manifest.version)
+        self._loaded_in = os.getpid()
+        self._forks = SAVE_MODES[engine.manifest.save_mode].forks or _has_one_thread()
         weakref.finalize(self, close)
 
     @property
@@ -134,6 +138,7 @@ class LoadedArchive:
 
         Raises:
             InvalidRequest, InputTooLong: what is wrong with the input, as a server's 400 and 413.
+            TraceserveError: It was loaded before a fork, see above.
         """
         served = self._service.served
         return self._answered(parse_value(_asked(inputs, parameters), served.task, 0, served.manifest.max_rows))
@@ -157,6 +162,12 @@ class LoadedArchive:
 
     def _answered(self, call: Body) -> Any:
         answers = []
+        if os.getpid() != self._loaded_in and not self._forks:
+            raise TraceserveError(
+                "this archive was loaded before the process was forked, and torch would wait for threads that only the parent "
+                "has; load it in the child (after gunicorn's fork: without --preload), or with threads=1, or build it with "
+                "the save mode onnx or openvino"
+            )
         if any(map(self.engine.task.streams, call.requests)):
             raise InvalidRequest("a text is written whole here, and streamed by a server; leave stream out", "stream")
         for answer in self.engine.answer(call.requests):
@@ -199,6 +210,13 @@ def load(
             contents.unpack(checked, unpacked)
         engine = _ready(unpacked, device, threads)
         return LoadedArchive(engine, stack.pop_all().close)
+
+
+def _has_one_thread() -> bool:
+    """Return whether torch, which the archive's reader has imported, computes in the calling thread alone."""
+    import torch
+
+    return torch.get_num_threads() == 1
 
 
 def _asked(inputs: Input, parameters: Mapping[str, Any]) -> object:

@@ -13,6 +13,7 @@ from traceserve_runtime.errors import InvalidManifest, MissingPackage, reason
 from traceserve_runtime.manifest import Manifest
 from traceserve_runtime.runner import Arrays, Padding, RunsOnce
 from traceserve_runtime.runtimes import team, torch_internals
+from traceserve_runtime.runtimes.modes import inference
 from traceserve_runtime.runtimes.torchscript.reader import settle
 from traceserve_runtime.runtimes.variants import Variant
 from traceserve_runtime.settings import Settings
@@ -37,7 +38,7 @@ class AotInductorRunner(RunsOnce):
     def __call__(self, inputs: Arrays) -> Arrays:
         import torch
 
-        with torch.inference_mode():
+        with inference():
             tensors = [torch.from_numpy(inputs[name]) for name in self._manifest.inputs]
             results = self._team.run(self._model, *tensors) if self._team else self._model(*tensors)
             return {name: output.numpy() for name, output in zip(self._manifest.outputs, results)}

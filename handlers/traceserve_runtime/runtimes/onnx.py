@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 from concurrent.futures import Executor
 from functools import partial
 from pathlib import Path
+from types import ModuleType
 from typing import Dict, List, NamedTuple, Optional, Protocol, Sequence, Tuple, Type
 
 import numpy as np
@@ -22,6 +24,7 @@ from traceserve_runtime.versions import release_of
 GRAPHS, LEVEL = "graphs", "graph_optimization_level"
 MODEL, START_GRAPH, STEP = "model", "start", "step"  # the graph of a single pass, and those of a loop
 LEVELS = ("ORT_DISABLE_ALL", "ORT_ENABLE_BASIC", "ORT_ENABLE_EXTENDED")
+_NO_TELEMETRY = "ORT_DISABLE_TELEMETRY"
 INT8_SINCE = "1.22"  # older ONNX Runtimes end the process on blockwise int8 products
 
 
@@ -112,6 +115,18 @@ def _values(inputs: Arrays) -> Dict[str, _Tensor]:
     return {name: _value(array) for name, array in inputs.items()}
 
 
+def onnx_runtime() -> ModuleType:
+    """Import and return ONNX Runtime, without its telemetry; raises ImportError.
+
+    From 1.29 on, `import onnxruntime` reports to Microsoft, and makes files in the user's home, unless this is set.
+    """
+    os.environ[_NO_TELEMETRY] = "1"
+    import onnxruntime
+
+    module: ModuleType = onnxruntime
+    return module
+
+
 def _value(array: np.ndarray) -> _Tensor:
     import onnxruntime
 
@@ -125,7 +140,7 @@ def read(manifest: Manifest, folder: Path, device: str, settings: Settings = Set
     Raises MissingPackage without ONNX Runtime or with one too old for int8, InvalidManifest for an invalid file.
     """
     try:
-        import onnxruntime
+        onnxruntime = onnx_runtime()
     except ImportError as error:
         raise MissingPackage(f"this archive needs onnxruntime, which cannot be imported: {error}") from error
     if device != "cpu":

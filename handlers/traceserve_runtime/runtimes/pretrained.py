@@ -20,6 +20,7 @@ from traceserve_runtime.runner import Runner
 from traceserve_runtime.runtimes import calling, stepping, torch_internals
 from traceserve_runtime.runtimes.caches import FIXED_STATES
 from traceserve_runtime.runtimes.from_embeddings import FromEmbeddings, LookUp, word_embeddings
+from traceserve_runtime.runtimes.modes import differentiable, inference
 from traceserve_runtime.runtimes.torchscript.gradients import GradientGraphs
 from traceserve_runtime.runtimes.torchscript.reader import TorchScriptRunner, settle
 from traceserve_runtime.runtimes.variants import Variant
@@ -83,7 +84,8 @@ def read(manifest: Manifest, folder: Path, device: str, settings: Settings = Set
     """
     settle(manifest.dtype, device, settings.threads)
     with quiet():
-        model = _load(manifest, folder)
+        with differentiable():  # parameters that are loaded in inference mode never have gradients
+            model = _load(manifest, folder)
         names = set(dict(model.named_modules()))
         kept = manifest.runtime.get(IN_FLOAT32, [])
         if not set(kept) <= names:
@@ -100,7 +102,7 @@ def read(manifest: Manifest, folder: Path, device: str, settings: Settings = Set
     def computing() -> ContextManager[object]:
         return autocast(manifest.dtype, torch.device(device).type)
 
-    with torch.inference_mode(), computing():
+    with inference(), computing():
         calls = _LOOPS[manifest.runtime["loop"]](model, manifest, device)
     if not manifest.runtime["torch_compile"]:
         return PretrainedRunner(_LoopCalls(model, calls, computing), manifest, device)

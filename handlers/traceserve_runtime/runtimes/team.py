@@ -17,6 +17,9 @@ Result = TypeVar("Result")
 _IN_A_ROW = 2  # consecutive runs that waited; a single one may be chance
 # Runs before one more core is tried, initially; and if it is taken repeatedly, since each attempt costs two slow runs.
 _SOONEST, _LATEST = 20, 320
+# Held while torch's number of threads is asked for and may be another thread's: a new thread begins with the process's, which
+# `take_one_core` sets too.
+COUNTING = threading.RLock()
 _this_thread = threading.local()  # `one_core` is set in threads that compute on one
 
 
@@ -99,11 +102,12 @@ def take_one_core() -> None:
 @contextmanager
 def threads_kept() -> Iterator[int]:
     """Restore this thread's number of torch's threads, which is given: some of torch's libraries count per process, so
-    `take_one_core` in another thread changes it too."""
+    `take_one_core` in another thread changes it too. One thread at a time does so."""
     import torch
 
-    threads = torch.get_num_threads()
-    try:
-        yield threads
-    finally:
-        torch.set_num_threads(threads)
+    with COUNTING:
+        threads = torch.get_num_threads()
+        try:
+            yield threads
+        finally:
+            torch.set_num_threads(threads)

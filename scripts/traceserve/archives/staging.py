@@ -91,7 +91,11 @@ def staged(target: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def scratch() -> Iterator[Path]:
-    """Yield a temporary folder, removed at the end; first removes those of this user's killed processes."""
+    """Yield a temporary folder, removed at the end; first removes those of this user's killed processes.
+
+    A forked child, whose copy of this context ends with it, leaves the folder to its parent.
+    """
+    maker = os.getpid()
     for left in abandoned(Path(tempfile.gettempdir()), _SCRATCH):
         shutil.rmtree(left, ignore_errors=True)
     folder = Path(tempfile.mkdtemp(prefix="traceserve-scratch-"))
@@ -100,22 +104,25 @@ def scratch() -> Iterator[Path]:
             try:
                 yield folder
             finally:
-                _empty(folder)
+                if os.getpid() == maker:
+                    _empty(folder)
     finally:
-        shutil.rmtree(folder, ignore_errors=True)
+        if os.getpid() == maker:
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 @contextlib.contextmanager
 def held(folder: Path) -> Iterator[Path]:
     """Lock one's own folder, so that `abandoned` skips it."""
-    lock = _locked(folder)
+    maker, lock = os.getpid(), _locked(folder)
     _own.add(folder.resolve())
     try:
         yield folder
     finally:
         _own.discard(folder.resolve())
-        with contextlib.suppress(OSError):
-            (folder / LOCK_FILE).unlink()
+        if os.getpid() == maker:  # not a forked child
+            with contextlib.suppress(OSError):
+                (folder / LOCK_FILE).unlink()
         if lock is not None:
             os.close(lock)
 

@@ -5,12 +5,16 @@ from __future__ import annotations
 import contextlib
 import gc
 import os
+import sys
 import tempfile
+import threading
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Dict, Iterator, List, Optional, Tuple
 
 from traceserve_runtime.manifest import Manifest
+from traceserve_runtime.runtimes import torch_internals
+from traceserve_runtime.runtimes.modes import differentiable
 from traceserve_runtime.tasks import TASKS
 
 from traceserve.building import artifact, explaining
@@ -36,6 +40,9 @@ from traceserve.building.writers.lowering import precision
 from traceserve.errors import ExportError
 from traceserve.machine import neuron_cores, space
 
+# Of a process: a build seeds its random numbers, and replaces functions of torch while it traces.
+_ONE_AT_A_TIME = threading.RLock()
+
 
 @dataclass
 class Shared:
@@ -59,10 +66,22 @@ def export(
     If the configuration leaves the dtype open, the first candidate that passes is taken, fastest first. If it leaves
     the shapes open, the widest that pass are taken. If none passes and the artifact may drift, those are taken that change
     the fewest answers; artifacts that cannot run are never exported. With `shared`, nothing is measured, and the original
-    is taken from it.
+    is taken from it. Another thread's export waits for this one's end.
     """
-    with loading.quiet_transformers(), seeded(), _frozen_objects():
+    with _ONE_AT_A_TIME, differentiable(), _settings_kept(), loading.quiet_transformers(), seeded(), _frozen_objects():
         return _export(loaded, name, folder, progress, gate, shared)
+
+
+@contextlib.contextmanager
+def _settings_kept() -> Iterator[None]:
+    """Give the process's settings back that readers and libraries change: TorchScript's profiling, and Python's recursion."""
+    limit, profiling = sys.getrecursionlimit(), torch_internals.set_profiling(True)
+    torch_internals.set_profiling(profiling)
+    try:
+        yield
+    finally:
+        torch_internals.set_profiling(profiling)
+        sys.setrecursionlimit(limit)
 
 
 @contextlib.contextmanager

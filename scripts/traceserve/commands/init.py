@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Optional, Sequence
 from traceserve.building.config import CONFIG_FILE
 from traceserve.commands.arguments import require_no_folder
 from traceserve.commands.contract import Command
-from traceserve.commands.printing import console, print_line, printable, printable_json
+from traceserve.commands.printing import console, is_terminal, print_line, printable, printable_json
 from traceserve.errors import AmbiguousTask, ConfigError, some
 
 if TYPE_CHECKING:
@@ -58,7 +58,7 @@ def _init(options: argparse.Namespace) -> int:
 
 
 def _asked() -> str:
-    if not sys.stdin.isatty():
+    if not is_terminal(sys.stdin):
         raise ConfigError("name a checkpoint: traceserve init CHECKPOINT, a hub id or a folder")
     return _answer_to("checkpoint (a hub id or a folder)")
 
@@ -84,7 +84,7 @@ def _proposal(named: str, folder: Path, task: str) -> Proposal:
     try:
         return propose(named, folder, task)
     except AmbiguousTask as error:
-        if not sys.stdin.isatty():
+        if not is_terminal(sys.stdin):
             raise ConfigError(f"{error.message}, or here: --task {error.tasks[0]}") from None
         return propose(named, folder, _answer_to("several tasks fit; which", error.tasks))
 

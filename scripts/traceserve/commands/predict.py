@@ -63,6 +63,8 @@ def _inputs(options: argparse.Namespace) -> Iterator[object]:
     if options.file is None and options.texts != ["-"]:
         yield given_inputs(options)
         return
+    if options.file is None and sys.stdin is None:
+        raise TraceserveError("predict: standard input is closed")
     try:
         content = options.file.read_text(encoding="utf-8") if options.file else sys.stdin.read()
         content = content.lstrip("\ufeff")  # a byte order mark is no part of the first text

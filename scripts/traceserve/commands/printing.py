@@ -43,6 +43,11 @@ def print_in_any_encoding() -> None:
             stream.reconfigure(errors=_ESCAPED)
 
 
+def is_terminal(stream: Optional[TextIO]) -> bool:
+    """Return whether somebody sits before this standard stream; None, a closed one, is no terminal."""
+    return stream is not None and stream.isatty()
+
+
 def _escaped(error: UnicodeError) -> Tuple[str, int]:
     assert isinstance(error, UnicodeEncodeError)
     units = error.object[error.start : error.end].encode("utf-16-be", "surrogatepass")

@@ -12,7 +12,7 @@ from traceserve_runtime.errors import TraceserveError
 
 from traceserve.commands.arguments import add_port, add_signature, number_in, port, positive, shares
 from traceserve.commands.contract import Command
-from traceserve.commands.printing import ProgressBar, print_line
+from traceserve.commands.printing import ProgressBar, is_terminal, print_line
 from traceserve.serving import engines
 
 if TYPE_CHECKING:
@@ -157,7 +157,7 @@ def _serve(options: argparse.Namespace) -> int:
             scaling=Scaling(options.most_workers, options.ongoing, options.gpus),
         )
     # Output that goes elsewhere is a log, and a key in it would be kept with it; so is a container's, even with a terminal.
-    print_instance(instance, time.monotonic() - started, sys.stdout.isatty() and not options.foreground)
+    print_instance(instance, time.monotonic() - started, is_terminal(sys.stdout) and not options.foreground)
     if options.foreground:
         try:
             instances.wait(instance)

@@ -15,6 +15,7 @@ import numpy as np
 from traceserve_runtime.batching.batches import filled
 from traceserve_runtime.manifest import Manifest
 from traceserve_runtime.runner import Arrays, Padding, State
+from traceserve_runtime.runtimes.modes import inference
 
 if TYPE_CHECKING:
     import torch
@@ -105,9 +106,7 @@ class PaddedRunner:
             yield some, [_filled_up(tensor, missing) for tensor in portion]
 
     def _run(self, name: str, *tensors: torch.Tensor) -> List[torch.Tensor]:
-        import torch
-
-        with torch.inference_mode():
+        with inference():
             outputs: List[torch.Tensor] = getattr(self._module, name)(*tensors)
         return outputs
 

@@ -15,6 +15,7 @@ from traceserve_runtime.explaining.targets import OutputCell
 from traceserve_runtime.manifest import Manifest
 from traceserve_runtime.runner import Arrays, Runner
 from traceserve_runtime.runtimes import graph, team
+from traceserve_runtime.runtimes.modes import differentiable, own_dtype
 from traceserve_runtime.runtimes.torchscript import devices, weights
 
 if TYPE_CHECKING:
@@ -39,7 +40,7 @@ class GradientGraphs:
         """Look up the word embeddings."""
         import torch
 
-        with torch.no_grad():
+        with own_dtype(), torch.no_grad():
             found: np.ndarray = self._module.embed(torch.from_numpy(ids).to(self._device)).cpu().numpy()
         return found
 
@@ -47,7 +48,7 @@ class GradientGraphs:
         """Run the rest of the model."""
         import torch
 
-        with torch.no_grad():
+        with own_dtype(), torch.no_grad():
             results = self._on_free_cores(self._run, torch.from_numpy(embeddings).to(self._device), inputs)
         return {name: output.cpu().numpy() for name, output in zip(self._manifest.outputs, results)}
 
@@ -59,7 +60,7 @@ class GradientGraphs:
     def _gradients(self, embeddings: np.ndarray, inputs: Arrays, cells: Sequence[OutputCell]) -> np.ndarray:
         import torch
 
-        with torch.enable_grad():
+        with differentiable():
             points = torch.from_numpy(embeddings).to(self._device).requires_grad_(True)
             results = dict(zip(self._manifest.outputs, self._run(points, inputs)))
             total = torch.stack([results[cell.output][cell.everywhere].sum() for cell in cells]).sum()
@@ -88,8 +89,10 @@ class GradientGraphs:
 def read_gradients(manifest: Manifest, folder: Path, device: str, runner: Runner) -> GradientGraphs:
     """Return the graphs of `folder` on `device`, where the model's own, the runner's, was read before; raises
     InvalidManifest."""
-    module: Any = graph.read_module(folder / GRADIENTS_FILE, "cpu")
-    weights.assign(module, folder / manifest.model_file, weights.read_positions(folder, POSITIONS_FILE), POSITIONS_FILE)
+    with differentiable():  # weights that are loaded in inference mode never have gradients
+        module: Any = graph.read_module(folder / GRADIENTS_FILE, "cpu")
+        positions = weights.read_positions(folder, POSITIONS_FILE)
+        weights.assign(module, folder / manifest.model_file, positions, POSITIONS_FILE)
     for parameter in module.parameters():
         parameter.requires_grad_(False)  # only the embeddings' gradients are wanted
     if device != "cpu":

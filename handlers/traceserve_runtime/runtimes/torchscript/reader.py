@@ -16,6 +16,7 @@ from traceserve_runtime.manifest import Manifest
 from traceserve_runtime.runner import IN_ATTENTION, Arrays, Padding, State
 from traceserve_runtime.runtimes import graph, team, torch_internals
 from traceserve_runtime.runtimes.caches import FIXED_STATES
+from traceserve_runtime.runtimes.modes import inference
 from traceserve_runtime.runtimes.torchscript import (
     attention,
     devices,
@@ -79,15 +80,13 @@ class TorchScriptRunner:
 
         chosen = None if rows is None else torch.from_numpy(rows).to(self._device)
         new = self._tensors(inputs, self._manifest.step_inputs)
-        with torch.inference_mode():
+        with inference():
             state = self._states.before(state, new[0].shape[1], chosen)
         results = self._run(self._module.step, [*new, *state])
         return self._outputs(results), self._states.after(state, results[len(self._manifest.outputs) :])
 
     def join(self, states: Sequence[State], length: int) -> State:
-        import torch
-
-        with torch.inference_mode():
+        with inference():
             return self._states.join(states, length)
 
     def open_lanes(self) -> Sequence[Executor]:
@@ -116,9 +115,7 @@ class TorchScriptRunner:
         return [torch.from_numpy(inputs[name]).to(self._device) for name in names]
 
     def _run(self, graph: Any, tensors: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
-        import torch
-
-        with torch.inference_mode():
+        with inference():
             outputs: Sequence[torch.Tensor] = self._team.run(graph, *tensors) if self._team else graph(*tensors)
         return outputs
 
@@ -267,10 +264,12 @@ def settle(dtype: str, device: str, threads: Optional[int]) -> None:
         raise MissingPackage(f"the caller asks for the device {device}, but this torch {torch.__version__} sees no GPU")
     if device == "cpu":
         processor.check_dtype(dtype)
-        # torch takes all cores of the process's affinity, even if a container's quota is lower.
-        threads = threads or min(torch.get_num_threads(), processor.cores())
-    if threads is not None and threads != torch.get_num_threads():
-        torch.set_num_threads(threads)
+    with team.COUNTING:
+        if device == "cpu":
+            # torch takes all cores of the process's affinity, even if a container's quota is lower.
+            threads = threads or min(torch.get_num_threads(), processor.cores())
+        if threads is not None and threads != torch.get_num_threads():
+            torch.set_num_threads(threads)
 
 
 def _settle_executor() -> None:

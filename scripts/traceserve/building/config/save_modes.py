@@ -36,7 +36,8 @@ class SaveMode(NamedTuple):
     candidates of `"dtype": "auto"`, in order. `reads_weights`: whether it has the dtypes that only weights have on some
     hardware. `fails_with`: the save modes that fail on every model on which this one fails: they record the same graph, or
     run the same model. `measured_against`: the save mode whose float32 artifact the gate measures beside this one's; none
-    for itself. `refuses`: invalid configuration keys, and why, with alternatives.
+    for itself. `refuses`: invalid configuration keys, and why, with alternatives. `forks`: whether an archive that was loaded
+    before a fork answers in the child; torch would wait for its threads there.
     """
 
     hardware: Tuple[str, ...]
@@ -48,6 +49,7 @@ class SaveMode(NamedTuple):
     fails_with: Tuple[str, ...] = ()
     measured_against: Optional[str] = None
     refuses: Mapping[str, str] = {}
+    forks: bool = False
 
 
 COMPILED_BATCHES = (1, 4)
@@ -151,6 +153,7 @@ SAVE_MODES: Dict[str, SaveMode] = {
         auto=dtypes.float32_alone,  # not int8: several long attempts for a gain of a tenth to a third
         options=_OF_ONNX,
         measured_against="torchscript",
+        forks=True,
     ),
     "openvino": SaveMode(
         hardware=("cpu",),
@@ -158,6 +161,7 @@ SAVE_MODES: Dict[str, SaveMode] = {
         loops=("float32", "bfloat16", "int8"),
         auto=dtypes.fastest_in_openvino,
         measured_against="torchscript",
+        forks=True,
     ),
     "aot_inductor": SaveMode(
         hardware=("cpu",),

@@ -5,6 +5,8 @@ from __future__ import annotations
 import logging
 from typing import TYPE_CHECKING, Dict, NamedTuple, Tuple
 
+from traceserve_runtime.runtimes.onnx import onnx_runtime
+
 if TYPE_CHECKING:
     import onnx
     from transformers import PreTrainedModel
@@ -39,6 +41,7 @@ def fuse(
     """
     if not level.tool:
         return model, {}
+    onnx_runtime()  # without telemetry
     from onnxruntime.transformers import optimizer
     from onnxruntime.transformers.fusion_options import AttentionMaskFormat, FusionOptions
 

@@ -7,7 +7,16 @@ from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Dict, Iterable, List, Sequence, Tuple, Type
 
-from traceserve_runtime.runtimes.onnx import GRAPHS, INT8_SINCE, LEVEL, MODEL, START_GRAPH, STEP, int8_known
+from traceserve_runtime.runtimes.onnx import (
+    GRAPHS,
+    INT8_SINCE,
+    LEVEL,
+    MODEL,
+    START_GRAPH,
+    STEP,
+    int8_known,
+    onnx_runtime,
+)
 from traceserve_runtime.tasks.contract import TextOrPair
 
 from traceserve.building.checkpoints.original import Original
@@ -34,7 +43,8 @@ def check(dtype: str, target: Target) -> None:
     """Raise ExportError without the exporter, or if the gate could not run the result."""
     try:
         import onnx  # noqa: F401
-        import onnxruntime
+
+        onnxruntime = onnx_runtime()
     except ImportError as error:
         raise ExportError(f"save_mode onnx needs more packages: pip install 'traceserve[onnx]' ({error})") from error
     if dtype == "int8" and not int8_known(onnxruntime.__version__):
@@ -52,8 +62,6 @@ def lowered(original: Original, dtype: str, texts: Sequence[TextOrPair], hardwar
 
 def write(original: Original, task: Type[Task], shapes: Shapes, folder: Path, target: Target) -> Written:
     """Write the graphs and their weights; see Writer. Raises ExportError with the model's own reason."""
-    import onnxruntime
-
     optimization = target.options["optimization"]
     graphs, step_inputs = _graphs(original, task, shapes)
     level = onnx_optimization.LEVELS[optimization]
@@ -84,7 +92,7 @@ def write(original: Original, task: Type[Task], shapes: Shapes, folder: Path, ta
             "optimization": optimization,
             "fused": dict(sorted(fused.items())),
         },
-        {"onnxruntime": onnxruntime.__version__},
+        {"onnxruntime": onnx_runtime().__version__},
     )
 
 

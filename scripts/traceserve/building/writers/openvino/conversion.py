@@ -10,7 +10,7 @@ import torch
 
 from traceserve.building.checkpoints.original import Original
 from traceserve.building.writers.tracing.graphs import trace
-from traceserve.building.writers.tracing.replacing import replaced
+from traceserve.building.writers.tracing.replacing import replaced_here
 from traceserve.building.writers.tracing.wrapping import tracing_of
 from traceserve.errors import UnwritableError
 
@@ -53,7 +53,7 @@ def _nothing_concatenated() -> Iterator[None]:
         some = [tensor for tensor in tensors if tensor.ndim != 1 or tensor.numel()]
         return some[0] if len(some) == 1 else own(some or list(tensors), *more, **named)
 
-    with replaced(torch, cat=cat):
+    with replaced_here(torch, cat=cat):
         yield
 
 

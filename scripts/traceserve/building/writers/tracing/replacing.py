@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-from typing import Iterator
+import functools
+import inspect
+import threading
+from typing import Any, Callable, Iterator
 
 
 @contextlib.contextmanager
@@ -20,3 +23,29 @@ def replaced(owner: object, **attributes: object) -> Iterator[None]:
                 setattr(owner, name, own[name])
             else:
                 delattr(owner, name)
+
+
+@contextlib.contextmanager
+def replaced_here(owner: object, **functions: object) -> Iterator[None]:
+    """Replace functions, methods or class methods in this thread alone: other threads of the program, which may train a model,
+    call the original ones.
+
+    For torch's own, which any thread calls. Dynamo's strict exports cannot trace it, since they cannot ask for the thread.
+    """
+    thread = threading.get_ident()
+
+    def of_thread(ours: Callable[..., object], own: Callable[..., object]) -> Callable[..., object]:
+        @functools.wraps(ours)
+        def either(*arguments: Any, **named: Any) -> object:
+            return (ours if threading.get_ident() == thread else own)(*arguments, **named)
+
+        return either
+
+    def replacement(name: str, ours: Any) -> object:
+        own: Any = inspect.getattr_static(owner, name)
+        if isinstance(ours, classmethod):
+            return classmethod(of_thread(ours.__func__, own.__func__))
+        return of_thread(ours, own)
+
+    with replaced(owner, **{name: replacement(name, ours) for name, ours in functions.items()}):
+        yield

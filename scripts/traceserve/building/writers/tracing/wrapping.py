@@ -14,7 +14,7 @@ from traceserve_runtime.errors import reason
 from traceserve_runtime.runtimes.calling import Single
 
 from traceserve.building.checkpoints.original import Original
-from traceserve.building.writers.tracing.replacing import replaced
+from traceserve.building.writers.tracing.replacing import replaced, replaced_here
 from traceserve.errors import ExportError, NoSpace, UnwritableError
 
 Result = Union[torch.Tensor, Tuple[torch.Tensor, ...]]
@@ -125,7 +125,7 @@ def forward_alone() -> Iterator[None]:
             return cls.forward(*inputs, **named)
         return cls.forward(_Context(), *inputs, **named)
 
-    with replaced(kind, apply=classmethod(apply)):
+    with replaced_here(kind, apply=classmethod(apply)):
         yield
 
 
@@ -148,7 +148,7 @@ def windows_by_unfold() -> Iterator[None]:
             return own(tensor, size, stride, *more)
         return whole.unfold(1, int(size[2]), int(stride[1]) // int(stride[2])).transpose(2, 3)
 
-    with replaced(torch.Tensor, as_strided=cut):
+    with replaced_here(torch.Tensor, as_strided=cut):
         yield
 
 
@@ -164,7 +164,7 @@ def truths_as_numbers() -> Iterator[None]:
             named["value"] = int(named["value"])
         return own(tensor, *given, **named)
 
-    with replaced(torch.Tensor, scatter=scatter):
+    with replaced_here(torch.Tensor, scatter=scatter):
         yield
 
 
