@@ -14,6 +14,7 @@ import itertools
 import json
 import os
 import re
+import shutil
 import socket
 import subprocess
 import sys
@@ -1876,9 +1877,61 @@ def test_an_archive_answers_with_its_own_code(packed: Path, classifier: Service)
     assert answer["label"] == native(classifier, {"text": TEXT})["label"]
 
 
-def test_another_runtime_must_not_be_there(packed: Path) -> None:
+@pytest.fixture
+def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The runtime, imported from a copy of it."""
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    copied = tmp_path / "elsewhere" / "traceserve_runtime"
+    shutil.copytree(Path(str(sys.modules["traceserve_runtime"].__file__)).parent, copied)
+    monkeypatch.setattr(sys.modules["traceserve_runtime"], "__file__", str(copied / "__init__.py"))
+    return copied
+
+
+@pytest.mark.parametrize("change", [lambda each: each.write_text("x = 1\n"), lambda each: each.unlink()])
+@pytest.mark.parametrize("name", ["softmax.py", "texts/limits.py"])
+def test_another_runtime_must_not_be_there(
+    packed: Path, elsewhere: Path, name: str, change: Callable[[Path], Any]
+) -> None:
+    change(elsewhere / name)
     with pytest.raises(RuntimeError, match="another traceserve_runtime was imported"):
         loading.load_archive(str(packed))
+
+
+def test_a_runtime_with_a_module_more_is_another(packed: Path, elsewhere: Path) -> None:
+    (elsewhere / "more.py").touch()
+    with pytest.raises(RuntimeError, match="another traceserve_runtime was imported"):
+        loading.load_archive(str(packed))
+
+
+def test_the_same_runtime_may_lie_elsewhere(packed: Path, elsewhere: Path, classifier: Service) -> None:
+    loaded = loading.load_archive(str(packed), own_process=False)
+    assert native(loaded.service, {"text": TEXT}) == native(classifier, {"text": TEXT})
+
+
+SHARED = """
+import gc, json, os, sys
+from traceserve_hosts import libraries
+from traceserve_hosts.loading import load_archive
+while_loading = []
+make = libraries.set_defaults
+libraries.set_defaults = lambda: (make(), while_loading.append(os.environ["OMP_WAIT_POLICY"]))
+load_archive(sys.argv[1], own_process=sys.argv[2] == "own")
+left = [os.environ.get(name) for name in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")]
+print(json.dumps([while_loading, left, gc.get_freeze_count() > 0]))
+"""
+
+
+@pytest.mark.parametrize(
+    ("process", "left", "frozen"), [("own", ["PASSIVE", "3"], True), ("shared", [None, "3"], False)]
+)
+def test_a_process_of_others_stays_as_it_was(
+    packed: Path, process: str, left: List[Optional[str]], frozen: bool
+) -> None:
+    own = {**{name: each for name, each in os.environ.items() if name not in libraries.DEFAULTS}, "GOMP_SPINCOUNT": "3"}
+    command = [sys.executable, "-c", SHARED, str(packed), process]
+    result = subprocess.run(command, capture_output=True, text=True, env=own)
+    assert result.returncode == 0, result.stderr
+    assert json.loads(result.stdout.splitlines()[-1]) == [["PASSIVE"], left, frozen]
 
 
 def test_a_runtime_of_a_folder_with_a_longer_name_is_another(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

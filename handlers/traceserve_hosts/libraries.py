@@ -13,8 +13,9 @@ ONNX Runtime reports to Microsoft when imported. The runtimes of earlier archive
 
 from __future__ import annotations
 
+import contextlib
 import os
-from typing import Dict
+from typing import Dict, Iterator
 
 DEFAULTS = {
     "OMP_WAIT_POLICY": "PASSIVE",
@@ -33,3 +34,15 @@ def settings() -> Dict[str, str]:
 def set_defaults() -> None:
     """Set them in this process."""
     os.environ.update(settings())
+
+
+@contextlib.contextmanager
+def defaults_while_loading() -> Iterator[None]:
+    """Set them while a model is loaded into a process that also does other work: its children should not inherit them."""
+    missing = [variable for variable in DEFAULTS if variable not in os.environ]
+    set_defaults()
+    try:
+        yield
+    finally:
+        for variable in missing:
+            os.environ.pop(variable, None)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import hashlib
 import json
 import os
 import subprocess
@@ -37,14 +38,34 @@ def load_archive(
     version: Optional[str] = None,
     gpu: bool = False,
     trusted: Optional[str] = None,
+    own_process: bool = True,
 ) -> Loaded:
     """The archive at an address, unpacked and ready to answer; raises RuntimeError with the reason.
 
     An address is a path, a folder that `unpacked` made, or a URL that fsspec opens (http, s3, gs, ...). `sha256` is that of a
     packed archive, and compared before anything of it runs. `name` and `version` are the archive's own where they are not
-    given. The process can load one archive: its runtime is imported here. `trusted` is the text of a PEM file, a public key or
-    certificates: the archive has to be signed by it, and a name and version that are given have to be its own.
+    given. The archive's runtime is imported here, so all archives of a process have to have the same one. `trusted` is the text
+    of a PEM file, a public key or certificates: the archive has to be signed by it, and a name and version that are given have
+    to be its own. `own_process`: the process does nothing else, so its environment and its garbage collector may be set up for
+    serving.
     """
+    if not own_process:
+        with libraries.defaults_while_loading():
+            return _load(address, sha256, name, version, gpu, trusted)
+    libraries.set_defaults()
+    loaded = _load(address, sha256, name, version, gpu, trusted)
+    gc.freeze()  # else each full collection walks all of torch's objects while requests wait
+    return loaded
+
+
+def _load(
+    address: str,
+    sha256: Optional[str],
+    name: Optional[str],
+    version: Optional[str],
+    gpu: bool,
+    trusted: Optional[str],
+) -> Loaded:
     whole = Path(address, "traceserve.json").is_file()
     if whole and trusted is not None:
         raise RuntimeError(f"{address} is an unpacked archive, and only a packed one (.mar) is signed")
@@ -54,12 +75,9 @@ def load_archive(
         )
     folder = Path(address) if whole else unpacked(address, sha256, trusted)
     _keep(folder.resolve())
-    own = str(folder.resolve())
-    present = sys.modules.get("traceserve_runtime")
-    if present is not None and Path(own) not in Path(str(present.__file__)).parents:
-        raise RuntimeError(f"another traceserve_runtime was imported before that of {address}: {present.__file__}")
-    sys.path.insert(0, own)
-    libraries.set_defaults()
+    _check_present_runtime(folder.resolve(), address)
+    if str(folder.resolve()) not in sys.path:
+        sys.path.insert(0, str(folder.resolve()))
     again = "pack the archive again with this version: traceserve archive"
     try:
         from traceserve_runtime import settings
@@ -84,7 +102,6 @@ def load_archive(
         device = "cuda:0" if gpu and manifest.hardware == "gpu" else "cpu"
         engine = Engine.load(folder, device, settings.read(config))
     engine.make_ready()
-    gc.freeze()  # else each full collection walks all of torch's objects while requests wait
     service = Service(engine, name or manifest.name, version or manifest.version, **earlier_runtimes.mirror())
     return Loaded(
         service, config.get("batchSize", 1), config.get("maxBatchDelay", 0) / 1000, config.get("responseTimeout", 120)
@@ -98,6 +115,30 @@ def _keep(folder: Path) -> None:
             users = os.open(lock_of_users(folder), os.O_RDONLY)  # never closed
             fcntl.flock(users, fcntl.LOCK_SH | fcntl.LOCK_NB)
             os.utime(lock_of_users(folder))
+
+
+def _check_present_runtime(folder: Path, address: str) -> None:
+    """Raise RuntimeError if a runtime was imported whose code is not the archive's, wherever it lies."""
+    present = sys.modules.get("traceserve_runtime")
+    if present is None:
+        return
+    package = Path(str(present.__file__)).parent
+    if folder in package.parents:
+        return
+    named = _code_in_manifest(folder, f"{package.name}/")
+    found = {path.relative_to(package.parent).as_posix(): path for path in package.rglob("*.py")}
+    if not named or named != {name: hashlib.sha256(path.read_bytes()).hexdigest() for name, path in found.items()}:
+        raise RuntimeError(f"another traceserve_runtime was imported before that of {address}: {present.__file__}")
+
+
+def _code_in_manifest(folder: Path, prefix: str) -> Dict[str, str]:
+    """The SHA-256 of each of a package's modules; the archive's own runtime, which reads manifests, may not be the one that was
+    imported."""
+    try:
+        files = json.loads((folder / "traceserve.json").read_text(encoding="utf-8"))["files"]
+    except (OSError, ValueError, LookupError, TypeError):
+        return {}
+    return {name: digest for name, digest in files.items() if name.startswith(prefix) and name.endswith(".py")}
 
 
 @contextlib.contextmanager
