@@ -19,7 +19,9 @@ import urllib.error
 import urllib.request
 import zipfile
 from importlib import metadata
+from importlib.machinery import ModuleSpec
 from pathlib import Path
+from types import ModuleType
 from typing import Any, Dict, Iterator, List, Sequence, Set
 
 import pytest
@@ -155,6 +157,18 @@ def test_an_address_that_would_not_work_is_refused(
 ) -> None:
     told = refused(capsys, target, str(mar), "--url", url, "--output", str(tmp_path / "out"))
     assert said in told and "pa55" not in told and not (tmp_path / "out").exists()
+
+
+def test_mlflow_2_is_refused(
+    mar: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("mlflow", "mlflow.version"):
+        module = ModuleType(name)
+        module.__spec__ = ModuleSpec(name, None)
+        monkeypatch.setitem(sys.modules, name, module)
+    monkeypatch.setattr(sys.modules["mlflow.version"], "VERSION", "2.22.1", raising=False)
+    told = refused(capsys, "mlflow", str(mar), "--output", str(tmp_path / "out"))
+    assert "written by MLflow 3 or later, and 2.22.1 is installed" in told and not (tmp_path / "out").exists()
 
 
 DIGEST = f"@sha256:{'0' * 64}"

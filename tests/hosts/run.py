@@ -12,6 +12,7 @@ import contextlib
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -128,6 +129,9 @@ def check_mlflow(python: str, folder: Path, environment: Dict[str, str]) -> None
     command = [python, "-m", "traceserve", "deploy", "mlflow", ARCHIVE, "--output", "mlflow"]
     subprocess.run(command, cwd=folder, env=environment, check=True, stdout=subprocess.DEVNULL)
     own = {name: value for name, value in environment.items() if name != "PYTHONPATH"}  # the model brings its code
+    shutil.copytree(folder / "mlflow" / "model", folder / "copy")
+    script = Path(__file__).with_name("mlflow_process.py")
+    subprocess.run([python, str(script), "mlflow/model", "copy"], cwd=folder, env=own, check=True, timeout=300)
     [port] = free_ports(1)
     url = f"http://127.0.0.1:{port}/invocations"
     command = [python, "-m", "mlflow", "models", "serve", "--model-uri", "mlflow/model", "--env-manager", "local"]
@@ -147,6 +151,8 @@ def check_mlflow(python: str, folder: Path, environment: Dict[str, str]) -> None
         assert len(many["predictions"]) == 2 and many["predictions"][1] == first[0]
         status, answer = ask(url, {"inputs": {"text": ["Yes.", "No."], "text_pair": ["No."]}})
         assert status == 400, answer
+        labels = ask(url, {"dataframe_records": [{"text": "Yes."}], "params": {"top_k": 2}})[1]["predictions"]
+        assert labels[0][0] == first[0] and len(labels[0]) == 2, labels
         # MLflow answers in many threads, and the engine is for one: it cuts a long text with its tokenizer changed.
         texts = ["Yes.", "Yes, this text is longer than the model reads. " * 20] * 20
         with ThreadPoolExecutor(6) as pool:

@@ -8,7 +8,10 @@ import warnings
 from pathlib import Path
 from typing import Sequence
 
+from packaging.version import Version
+from traceserve_runtime.json_types import JsonObject
 from traceserve_runtime.tasks import TASKS
+from traceserve_runtime.tasks.parameters import Parameter
 
 from traceserve.archives import staging
 from traceserve.archives.contents import unpack
@@ -19,6 +22,7 @@ from traceserve.errors import DeployError
 from traceserve.serving.curl import curl
 
 _PORT = 5000
+_OLDEST = 3  # of MLflow's major versions
 
 
 def plan(archives: Sequence[Described], wishes: Wishes) -> Plan:
@@ -26,18 +30,34 @@ def plan(archives: Sequence[Described], wishes: Wishes) -> Plan:
     archive = engines.only(archives, "an MLflow model")
     if importlib.util.find_spec("mlflow") is None:
         raise DeployError("MLflow writes this model itself, and is not installed: pip install mlflow")
-    task = TASKS[archive.manifest.task]
-    names = {field.name for field in task.fields}
-    sample = {name: value for name, value in task.sample_body(archive.manifest.facts).items() if name in names}
+    _check_version()
     return Plan(
         (Made("model", lambda target: _save(archive, target)),),
         (
             "pip install --requirement model/requirements.txt",
             f"mlflow models serve --model-uri model --env-manager local --port {_PORT}",
-            curl(f"http://127.0.0.1:{_PORT}/invocations", {"instances": [sample]}),
+            curl(f"http://127.0.0.1:{_PORT}/invocations", _sample(archive)),
         ),
         ("`mlflow models build-docker`, registries and batch jobs take the same folder.",),
     )
+
+
+def _check_version() -> None:
+    """Raise DeployError for MLflow 2, which loads a model to save it: this process has another runtime than the archive's."""
+    from mlflow.version import VERSION
+
+    if Version(VERSION).major < _OLDEST:
+        raise DeployError(
+            f"the model is written by MLflow {_OLDEST} or later, and {VERSION} is installed: pip install -U mlflow"
+        )
+
+
+def _sample(archive: Described) -> JsonObject:
+    """The task's sample as a body for MLflow's server."""
+    task = TASKS[archive.manifest.task]
+    body = task.sample_body(archive.manifest.facts)
+    sample = {name: value for name, value in body.items() if task.has_field(name)}
+    return {"instances": [sample], **({"params": task.sample_parameters} if task.sample_parameters else {})}
 
 
 def _save(archive: Described, target: Path) -> None:
@@ -66,17 +86,30 @@ def _save(archive: Described, target: Path) -> None:
 
 
 def _signature(archive: Described) -> object:
-    """The task's fields as columns; none where a field is no text or list of texts."""
+    """The task's fields as columns, or none where a field is no text or list of texts; and its parameters."""
     from mlflow.models import ModelSignature
     from mlflow.types import ColSpec, DataType, Schema
     from mlflow.types.schema import Array
 
+    task = TASKS[archive.manifest.task]
     kinds = {"text": DataType.string, "texts": Array(DataType.string)}
-    fields = TASKS[archive.manifest.task].fields
-    if any(field.kind not in kinds for field in fields):
-        return None
-    columns = [ColSpec(kinds[field.kind], field.name, required=field.required) for field in fields]
-    return ModelSignature(inputs=Schema(columns))
+    columns = [
+        ColSpec(kinds[field.kind], field.name, required=field.required) for field in task.fields if field.kind in kinds
+    ]
+    return ModelSignature(
+        inputs=Schema(columns) if len(columns) == len(task.fields) else None, params=_parameters(task.all_parameters())
+    )
+
+
+def _parameters(parameters: Sequence[Parameter]) -> object:
+    """The parameters that MLflow has a type for. Their default, None or an empty list, stands for one that is not set."""
+    from mlflow.types import DataType, ParamSchema, ParamSpec
+
+    kinds = {int: DataType.long, float: DataType.double, bool: DataType.boolean, str: DataType.string}
+    found = [ParamSpec(each.name, kinds[each.type], None) for each in parameters if each.type in kinds]
+    lists = [each for each in parameters if each.type is list]
+    found += [ParamSpec(each.name, DataType.long if each.numbers else DataType.string, [], (-1,)) for each in lists]
+    return ParamSchema(found)
 
 
 TARGET = DeployTarget(
