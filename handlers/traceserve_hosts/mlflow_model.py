@@ -10,7 +10,7 @@ import os
 import re
 import weakref
 from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING, Any, Dict, List, Mapping, Optional
+from typing import TYPE_CHECKING, Any, Dict, List, Mapping, Optional, Sequence
 
 import mlflow
 from mlflow.exceptions import INVALID_PARAMETER_VALUE, MlflowException
@@ -19,7 +19,7 @@ from traceserve_hosts.loading import load_archive
 from traceserve_hosts.tables import rows_of
 
 if TYPE_CHECKING:
-    from traceserve_runtime.service import Call, Reply
+    from traceserve_runtime.service import Call, Reply, Service
 
 ARTIFACT = "archive"  # the name of the archive's folder among the model's artifacts
 _OK, _SERVER_ERROR = 200, 500
@@ -36,8 +36,8 @@ class ArchiveModel(mlflow.pyfunc.PythonModel):  # type: ignore[misc]  # mlflow h
 
     def _load(self, archive: str) -> None:
         self._start_thread()
-        self._service = self._thread.submit(load_archive, archive, own_process=False).result().service
         self._archive = archive
+        self._most = self._thread.submit(self._loaded).result().served.manifest.max_rows
         if hasattr(os, "register_at_fork"):
             own = weakref.WeakMethod(self._start_thread)
             os.register_at_fork(after_in_child=lambda: (own() or (lambda: None))())
@@ -45,6 +45,16 @@ class ArchiveModel(mlflow.pyfunc.PythonModel):  # type: ignore[misc]  # mlflow h
     def _start_thread(self) -> None:
         """A service is for one thread, and MLflow's server answers in many. A forked process has none of its parent's."""
         self._thread = ThreadPoolExecutor(1, "traceserve")
+        self._service: Optional[Service] = None  # torch's own threads are not there either, and it would wait for them
+
+    def _loaded(self) -> Service:
+        """Return the service, in the thread."""
+        if self._service is None:
+            self._service = load_archive(str(self._archive), own_process=False).service
+        return self._service
+
+    def _replies(self, calls: Sequence[Call]) -> List[Reply]:
+        return self._loaded().answer(calls)
 
     def __getstate__(self) -> Dict[str, object]:
         return {"_archive": self._archive}
@@ -62,11 +72,11 @@ class ArchiveModel(mlflow.pyfunc.PythonModel):  # type: ignore[misc]  # mlflow h
             raise MlflowException(str(refusal), error_code=INVALID_PARAMETER_VALUE) from None
         # MLflow fills in the signature's defaults, which stand for parameters that are not set.
         parameters = {name: value for name, value in (params or {}).items() if value is not None and value != []}
-        most = self._service.served.manifest.max_rows
+        most = self._most
         answers: List[object] = []
         for start in range(0, len(rows), most):
             calls = [_call(row, parameters) for row in rows[start : start + most]]
-            replies = self._thread.submit(self._service.answer, calls).result()
+            replies = self._thread.submit(self._replies, calls).result()
             answers += [_answer(reply, number) for number, reply in enumerate(replies, start)]
         return answers
 
