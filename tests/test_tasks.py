@@ -238,6 +238,15 @@ def test_what_counts_as_the_same_score(
     assert engine.task.same([two], [one]) is same
 
 
+@pytest.mark.parametrize("problem_type, expected", [("regression", False), ("single_label_classification", True)])
+def test_each_value_of_a_regression_counts(problem_type: str, expected: bool, exported: Export) -> None:
+    """Not the largest alone, as a classifier's best label does."""
+    engine, _ = exported("sequence_classification", "bert", problem_type=problem_type, **COLORS)
+    one, two = ([{"label": "red", "score": 0.9}, {"label": "green", "score": score}] for score in (-0.6, -0.56))
+    assert engine.task.same(one, two) is expected and engine.task.same(one, one)
+    assert not engine.task.same(one[:1], two[1:])
+
+
 @pytest.mark.parametrize(
     "options",
     [

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Dict, Sequence, Tuple
+from typing import Dict, Mapping, Sequence, Tuple
 
 import numpy as np
 
@@ -15,6 +15,8 @@ from traceserve_runtime.tasks.explained import LABEL, label_index
 from traceserve_runtime.tasks.parameters import Field, Output, Parameter
 from traceserve_runtime.tasks.scores import FUNCTIONS, MOST_MOVED, average, function_to_apply, window_shares
 from traceserve_runtime.texts.rows import Row
+
+_REGRESSION = "regression"  # in `Manifest.facts`
 
 
 class SequenceClassification(Task):
@@ -52,6 +54,11 @@ class SequenceClassification(Task):
         """Return the function that the pipeline applies to this model's logits."""
         return {"function_to_apply": function_to_apply(model)}
 
+    @classmethod
+    def facts(cls, model: ModelFacts) -> Dict[str, object]:
+        """Return whether the outputs are values, of which each counts, and not labels, of which the best one does."""
+        return {_REGRESSION: True} if model.config.get("problem_type") == "regression" else {}
+
     def _ranked(
         self, request: Request, rows: Sequence[Row], outputs: Sequence[Arrays]
     ) -> Tuple[np.ndarray, np.ndarray]:
@@ -82,19 +89,24 @@ class SequenceClassification(Task):
 
     def same(self, answer: Json, other: Json) -> bool:
         """Require the same best label; for independent labels the same ones above 0.5, and a single one's score within a
-        twentieth; for a regression, values within a hundredth."""
+        twentieth; for a regression, each value within a hundredth."""
         listed = (json_objects(each if isinstance(each, list) else [each]) for each in (answer, other))
-        one, two = ([(item["label"], number(item["score"])) for item in each] for each in listed)
+        one, two = ([(str(item["label"]), number(item["score"])) for item in each] for each in listed)
         independent = self.manifest.parameters.get("function_to_apply") == "sigmoid"
-        if len(self.manifest.labels) == 1:
-            score, moved = one[0][1], two[0][1]
-            if not independent:
-                return math.isclose(score, moved, rel_tol=1e-2, abs_tol=1e-3)
-            if abs(score - moved) > MOST_MOVED:
-                return False
+        single = len(self.manifest.labels) == 1
+        if not independent and (single or self.manifest.facts.get(_REGRESSION)):
+            return _alike(dict(one), dict(two))
+        if single and abs(one[0][1] - two[0][1]) > MOST_MOVED:
+            return False
         if one[0][0] != two[0][0]:
             return False
         if not independent:
             return True
         accepted = [{label for label, score in ranked if score > 0.5} for ranked in (one, two)]
         return accepted[0] == accepted[1]
+
+
+def _alike(values: Mapping[str, float], others: Mapping[str, float]) -> bool:
+    """Return whether these are the same labels' values, each within a hundredth."""
+    same = (math.isclose(value, others[label], rel_tol=1e-2, abs_tol=1e-3) for label, value in values.items())
+    return values.keys() == others.keys() and all(same)
