@@ -28,6 +28,7 @@ from traceserve.building.writers.lowering import precision
 from traceserve.building.writers.lowering.int8 import KEPT_SHARES, ladder
 from traceserve.building.writers.lowering.sensitivity import linears
 from traceserve.building.writers.openvino import int8, writer
+from traceserve.building.writers.openvino.weights import save_models
 from traceserve.errors import ExportError
 from traceserve_runtime import processor
 from traceserve_runtime.engine import Engine
@@ -231,15 +232,40 @@ def test_a_model_that_cannot_be_converted(
     assert "try save_mode torchscript or pretrained or onnx or aot_inductor" in told
 
 
+def test_matrices_alone_are_halved(checkpoint: Callable[..., Path], tmp_path: Path) -> None:
+    """The frequencies of rotary embeddings stay in float32: their error grows with the position."""
+    library = openvino.library()
+    task = TASKS["sequence_classification"]
+    model = writer.converted(library, loaded(checkpoint("modernbert", **LABELS), tmp_path / "original"), task, Shapes())
+    save_models(library, {"model.xml": model, "again.xml": model}, tmp_path, halved=True)
+    for file in ("model.xml", "again.xml"):
+        read = openvino.core(library).read_model(str(tmp_path / file), str(tmp_path / "model.bin"))
+        constants = [node for node in read.get_ordered_ops() if node.get_type_name() == "Constant"]
+        kinds = {"f16": 0, "f32": 0}
+        for node in constants:
+            kind = node.get_element_type().get_type_name()
+            if kind in kinds:
+                kinds[kind] += 1
+                assert (kind == "f16") is (len([size for size in node.shape if size > 1]) > 1), node
+        assert min(kinds.values()) > 4
+        values = {node.data.tobytes() for node in constants if node.get_element_type() == library.Type.f32}
+        originals = [node.data for node in model.get_ordered_ops() if node.get_type_name() == "Constant"]
+        vectors = {each.tobytes() for each in originals if each.dtype == np.float32 and each.size in each.shape}
+        assert vectors and vectors <= values
+
+
 # int8
+
+
+def loaded(checkpoint: Path, folder: Path) -> Any:
+    config, _ = parse_config({"model_name": str(checkpoint), "task": "sequence_classification"})
+    with loading.quiet_transformers():
+        return loading.load_original(config, sources.fetch_checkpoint(config, folder), folder)
 
 
 @pytest.fixture(scope="module")
 def original(checkpoint: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Any:
-    config, _ = parse_config({"model_name": str(checkpoint("bert", **LABELS)), "task": "sequence_classification"})
-    folder = tmp_path_factory.mktemp("original")
-    with loading.quiet_transformers():
-        return loading.load_original(config, sources.fetch_checkpoint(config, folder), folder)
+    return loaded(checkpoint("bert", **LABELS), tmp_path_factory.mktemp("original"))
 
 
 def in_int8(model: Any) -> Set[str]:
