@@ -44,7 +44,13 @@ def replaced_here(owner: object, **functions: object) -> Iterator[None]:
     def replacement(name: str, ours: Any) -> object:
         own: Any = inspect.getattr_static(owner, name)
         if isinstance(ours, classmethod):
-            return classmethod(of_thread(ours.__func__, own.__func__))
+
+            def bound(
+                cls: Any, *arguments: Any, **named: Any
+            ) -> object:  # torch 1.13's is one of C, without a __func__
+                return own.__get__(None, cls)(*arguments, **named)
+
+            return classmethod(of_thread(ours.__func__, bound))
         return of_thread(ours, own)
 
     with replaced(owner, **{name: replacement(name, ours) for name, ours in functions.items()}):
