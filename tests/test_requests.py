@@ -143,8 +143,10 @@ def test_json_with_an_equals_sign_in_the_place_of_a_form() -> None:
 @pytest.mark.parametrize("content_type", ["text/plain", "text/plain; charset=utf-8", "text/csv"])
 @pytest.mark.parametrize("text", [TEXT, '{"text": "no JSON here"}', '"quoted"', "[1]", "{", " "])
 def test_plain_text_is_never_read_as_json(text: str, content_type: str) -> None:
-    assert read({"body": text.encode()}, content_type) == Body(asked([{"text": text}]), Plain(False))
-    assert read({"body": text}, content_type) == Body(asked([{"text": text}]), Plain(False))
+    quotes = '"' if content_type == "text/csv" else ""  # around a cell; other texts have none at their ends
+    wanted = Body(asked([{"text": text.strip(quotes) if quotes else text}]), Plain(False))
+    assert read({"body": text.encode()}, content_type) == wanted
+    assert read({"body": text}, content_type) == wanted
 
 
 @pytest.mark.parametrize("text", [TEXT, "[sic] this is a text", '"Well", he said', "12", "null", "true"])
