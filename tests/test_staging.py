@@ -21,6 +21,7 @@ from traceserve.building import packing
 from traceserve.building.config.parsing import LoadedConfig, parse_config
 from traceserve.building.config.targets import Targets, build_targets
 from traceserve.errors import ArchiveError, ExportError
+from traceserve.machine import file_locks
 from traceserve_runtime.errors import TraceserveError
 
 STAY_INSIDE = """
@@ -278,7 +279,7 @@ def test_a_name_that_goes_on_with_a_number_is_another_target(tmp_path: Path, dea
 
 
 def test_a_file_system_without_locks(target: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(staging, "_try_lock", lambda lock: False)
+    monkeypatch.setattr(file_locks, "try_lock", lambda lock: False)
     with staged(target) as folder:
         put(folder / "thing", "new", as_folder=False)
         assert not (folder / LOCK_FILE).exists()

@@ -14,7 +14,6 @@ import math
 import os
 import re
 import shutil
-import sys
 import tempfile
 import time
 from pathlib import Path
@@ -22,11 +21,8 @@ from typing import AbstractSet, Iterator, Optional, Pattern, Set, Type
 
 from traceserve_runtime.errors import TraceserveError
 
-from traceserve.machine import space
+from traceserve.machine import file_locks, space
 from traceserve.option_names import option, switch
-
-if sys.platform != "win32":
-    import fcntl
 
 LOCK_FILE = ".traceserve.lock"
 _UNIQUE = r"[a-z0-9_]{8}"  # mkdtemp's suffix
@@ -142,7 +138,7 @@ def abandoned(parent: Path, pattern: Pattern[str], old: float = math.inf) -> Ite
                 yield path
             continue
         try:
-            if _try_lock(lock):
+            if file_locks.try_lock(lock):
                 yield path
         finally:
             os.close(lock)
@@ -244,22 +240,12 @@ def _locked(folder: Path) -> Optional[int]:
     """Lock the folder's file, which appears under its name only once locked; None if locks are unsupported."""
     new = folder / f"{LOCK_FILE}.new"
     lock = os.open(new, os.O_RDWR | os.O_CREAT, 0o600)
-    if _try_lock(lock):
+    if file_locks.try_lock(lock):
         os.rename(new, folder / LOCK_FILE)
         return lock
     os.close(lock)
     new.unlink()
     return None
-
-
-def _try_lock(lock: int) -> bool:
-    if sys.platform == "win32":
-        return False
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:  # it is held, or locks are unsupported
-        return False
-    return True
 
 
 def _is_own_folder(path: Path) -> bool:

@@ -13,8 +13,7 @@ import sys
 from pathlib import Path
 from typing import Iterator, Optional
 
-if sys.platform != "win32":
-    import fcntl
+from traceserve.machine.file_locks import try_lock
 
 
 @contextlib.contextmanager
@@ -25,7 +24,7 @@ def locked(folder: Path) -> Iterator[Optional[int]]:
         return
     descriptor = os.open(folder, os.O_RDONLY)
     try:
-        yield descriptor if _try_flock(descriptor, fcntl.LOCK_EX) else None
+        yield descriptor if try_lock(descriptor) else None
     finally:
         os.close(descriptor)
 
@@ -42,19 +41,9 @@ def is_released(folder: Path, machine: str) -> bool:
     except OSError:
         return False
     try:
-        return _try_flock(descriptor, fcntl.LOCK_SH)  # shared: several may look at a time
+        return try_lock(descriptor, shared=True)  # shared: several may look at a time
     finally:
         os.close(descriptor)
-
-
-def _try_flock(descriptor: int, kind: int) -> bool:
-    if sys.platform == "win32":
-        return False
-    try:
-        fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
-    except OSError:  # it is held, or locks are unsupported
-        return False
-    return True
 
 
 def _shares_locks(machine: str) -> bool:

@@ -44,10 +44,8 @@ def replaced_here(owner: object, **functions: object) -> Iterator[None]:
     def replacement(name: str, ours: Any) -> object:
         own: Any = inspect.getattr_static(owner, name)
         if isinstance(ours, classmethod):
-
-            def bound(
-                cls: Any, *arguments: Any, **named: Any
-            ) -> object:  # torch 1.13's is one of C, without a __func__
+            # Torch 1.13's is one of C, without a __func__.
+            def bound(cls: Any, *arguments: Any, **named: Any) -> object:
                 return own.__get__(None, cls)(*arguments, **named)
 
             return classmethod(of_thread(ours.__func__, bound))
