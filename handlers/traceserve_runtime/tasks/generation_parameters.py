@@ -88,7 +88,7 @@ PARAMETERS = (
         "length_penalty",
         float,
         "in beam search: above 0 favours long texts, below 0 short ones",
-        least=-10,
+        least=-2,  # below it, a long text's weighted score is less than `search._BAD`
         most=10,
         default=1.0,
     ),
