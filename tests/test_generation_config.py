@@ -205,7 +205,9 @@ def test_refused_in_a_config_of_before_there_was_such_a_file(checkpoint: Checkpo
         exported(tmp_path / "out", "bart", source)
 
 
-@pytest.mark.parametrize("value", [{"num_beams": 0}, {"temperature": "warm"}, {"do_sample": "yes"}, {"top_p": 3}, {"length_penalty": -3}])
+@pytest.mark.parametrize(
+    "value", [{"num_beams": 0}, {"temperature": "warm"}, {"do_sample": "yes"}, {"top_p": 3}, {"length_penalty": -3}]
+)
 def test_a_parameter_without_a_legal_value_is_named(
     value: Dict[str, Any], checkpoint: Checkpoint, tmp_path: Path
 ) -> None:

@@ -87,6 +87,21 @@ def test_large_channels_do_not_drown_the_others() -> None:
     assert smoothed < unsmoothed / 20
 
 
+@pytest.mark.parametrize("value", [0.0, 0.5, 2.0])
+def test_a_channel_that_no_sample_excited(value: float) -> None:
+    """A neuron behind a ReLU that only another text excites: its value is one of many, and no reason to lose the others."""
+    torch.manual_seed(0)
+    module = torch.nn.Linear(64, 32)
+    samples = torch.relu(torch.randn(500, 64))
+    samples[:, 7] = 0
+    lower = lowered(module, samples)
+    tokens = torch.relu(torch.randn(50, 64))
+    tokens[:, 7] = value
+    with torch.no_grad():
+        error = (lower(tokens) - module(tokens)).std() / module(tokens).std()
+    assert error < 0.05
+
+
 @pytest.mark.parametrize("neighbours", [0, 1, 6, 63])
 def test_no_row_depends_on_what_else_is_in_its_batch(neighbours: int) -> None:
     module = linear(24, 32)

@@ -406,10 +406,13 @@ def test_nothing_compared_is_no_pass(
         run_export(tmp_path / "a", content)
 
 
-def test_an_original_that_gives_no_numbers_is_told(checkpoint: Callable[..., Path], tmp_path: Path) -> None:
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_an_original_that_gives_no_numbers_is_told(
+    value: float, checkpoint: Callable[..., Path], tmp_path: Path
+) -> None:
     source = Path(shutil.copytree(checkpoint("bert", **LABELS), tmp_path / "model"))
     weights = load_file(source / "model.safetensors")
-    weights["classifier.bias"][0] = math.nan
+    weights["classifier.bias"][0] = value
     save_file(weights, source / "model.safetensors", {"format": "pt"})
     with pytest.raises(UnaskableError, match="the original model itself gives NaN"):
         run_export(tmp_path / "a", {"model_name": str(source), "max_length": 32})

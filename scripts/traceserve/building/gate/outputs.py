@@ -83,6 +83,7 @@ def compare_outputs(
         progress(f"comparing outputs of {findings.variant}", step, len(cells))
         read = [rows.get(*key) for key in keys]
         expected = [_expected(engine, reference, row, key) for row, key in zip(read, keys)]
+        _check_numbers(expected)
         got = _read_rows(engine, read, replace(manifest, shapes=_shapes_of(manifest, cell, most)))
         for output in manifest.outputs:
             pairs = [(one[output], other[output]) for one, other in zip(got, expected)]
@@ -96,14 +97,19 @@ def compare_outputs(
 
 
 def check_original(engine: Engine, reference: Reference, rows: GridRows) -> None:
-    """Raise UnaskableError if the original itself computes NaN, for a row as long as it reads."""
+    """Raise UnaskableError if the original itself computes no numbers, for a row as long as it reads."""
     key = _longest_row(engine), 0
-    found = _expected(engine, reference, rows.get(*key), key)
-    if any(np.isnan(values).any() for values in found.values()):
-        raise UnaskableError(
-            "the original model itself gives NaN instead of numbers, so no way of writing it can be compared: its weights hold "
-            "NaN, or were damaged when they were trained or converted"
-        )
+    _check_numbers([_expected(engine, reference, rows.get(*key), key)])
+
+
+def _check_numbers(expected: Sequence[Arrays]) -> None:
+    """Raise UnaskableError if the original's outputs hold NaN or infinity; a token that is ruled out has -inf, among others."""
+    for values in (np.atleast_1d(values) for outputs in expected for values in outputs.values()):
+        if values.size and not np.isfinite(values.max(axis=-1)).all():
+            raise UnaskableError(
+                "the original model itself gives NaN or infinity instead of numbers, so no way of writing it can be compared: "
+                "its weights hold NaN or infinity, or were damaged when they were trained or converted"
+            )
 
 
 def _row_keys(manifest: Manifest, cell: GridCell, most: int) -> List[Tuple[int, int]]:

@@ -24,6 +24,9 @@ if TYPE_CHECKING:
 
 KEPT_SHARES = (0.0, 0.1, 0.2, 0.3, 0.4)
 _SMALLEST = 1e-5
+# Of the median channel. The sample texts may never excite one, as a neuron behind a ReLU; where another text does, its value
+# sets the range of the whole token, so its factor must not be that of nothing.
+_LEAST_SHARE = 1 / 128
 
 
 def check_int8() -> None:
@@ -73,7 +76,9 @@ class Int8Linear(torch.nn.Module):
 def smoothing(weight: torch.Tensor, largest: torch.Tensor, alpha: float = 0.5) -> torch.Tensor:
     """Return each input channel's factor, which multiplies its weights and divides its values, (in)."""
     heaviest = weight.abs().amax(0).clamp(min=_SMALLEST)
-    return largest.clamp(min=_SMALLEST) ** alpha / heaviest ** (1 - alpha)
+    excited = largest[largest > _SMALLEST]
+    least = float(excited.median()) * _LEAST_SHARE if len(excited) else _SMALLEST
+    return largest.clamp(min=max(least, _SMALLEST)) ** alpha / heaviest ** (1 - alpha)
 
 
 def body_layers(model: PreTrainedModel) -> Dict[str, torch.nn.Linear]:
