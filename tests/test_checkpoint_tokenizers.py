@@ -210,6 +210,11 @@ def test_a_special_token_without_a_number_is_named(checkpoint: Make) -> None:
         lookups.id_of_token(plain, "</s>")
 
 
+def test_all_notes_on_a_tokenizer_are_told(checkpoint: Make) -> None:
+    noted = replace(original(checkpoint("bert")), known_tokens=5, case_note="it keeps capitals").note
+    assert "it keeps capitals" in str(noted) and "that the model has no embedding for" in str(noted)
+
+
 def test_a_text_with_a_token_that_the_model_lacks_is_refused_alone(checkpoint: Make, tmp_path: Path) -> None:
     folder = with_more(checkpoint("bert"), tmp_path / "more", "zyzzyva", "quokka")
     exported = run_export(tmp_path / "x", {"model_name": str(folder), "max_length": 32})

@@ -369,6 +369,14 @@ def test_the_shortest_and_the_longest_text_are_compared(
     assert (compared[0], compared[-1]) == (min(lengths), max(lengths))
 
 
+def test_graphs_that_no_text_could_compare_are_refused(
+    make: Callable[..., Made], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = make("classification").folder
+    monkeypatch.setattr(gate, "_LONGEST", 1)
+    assert "could be compared" in str(gate.differs(folder))
+
+
 def test_an_answer_that_the_graphs_do_not_give_is_not_explained_by_them(make: Callable[..., Made]) -> None:
     engine = Engine.load(make("classification").folder)
     explainer = engine.explainer()

@@ -249,6 +249,16 @@ def test_receipts(mar: Path, tmp_path: Path) -> None:
     assert "7 of " in next(f.message for f in inspect_archive(drifted).findings if f.code == "drift")
 
 
+def test_a_receipt_without_finite_numbers(mar: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Drift that was allowed may be NaN, or infinite, for which JSON has null."""
+    along = {"tokens": 5, "tokens_changed": 4, "near_ties": 0, "mean_drift": None}
+    archive = rewritten(mar, tmp_path / "x.mar", with_receipt(largest_difference=None, along_texts=along))
+    assert cli.main(["inspect", str(archive)]) == 0
+    page = capsys.readouterr().out
+    assert "log-probability lost not a finite number per token" in page
+    assert "largest difference not a finite number of 1e-04" in page
+
+
 @pytest.mark.parametrize(
     "changed, told",
     [

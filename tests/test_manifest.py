@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import math
 import random
 import shutil
 from pathlib import Path
@@ -451,6 +452,14 @@ def test_a_document_of_before_the_digest_is_read(document: Document, copy: Path)
     assert refusal({**old, "digest": "0" * 64}).startswith(f"{MANIFEST_FILE} has the key digest")
     del old["labels"]
     assert refusal(old) == f"{MANIFEST_FILE} lacks the key labels"
+
+
+def test_numbers_that_json_lacks_become_null(document: Document, copy: Path) -> None:
+    receipt = {"largest_difference": math.inf, "variants": [{"largest_difference": math.nan, "cells": 1}]}
+    dataclasses.replace(Manifest.from_json(document), receipt=receipt).write(copy)
+    assert "Infinity" not in (copy / MANIFEST_FILE).read_text(encoding="utf-8")
+    read = Manifest.read(copy, verify=False).receipt
+    assert read == {"largest_difference": None, "variants": [{"largest_difference": None, "cells": 1}]}
 
 
 def test_a_document_of_schema_4_may_lack_later_keys(document: Document) -> None:

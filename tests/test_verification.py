@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import copy
 import datetime
+import json
 import math
 import shutil
 import time
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Callable, Dict, Optional, Set, Tuple
+from typing import Any, Callable, Dict, Optional, Set, Tuple, cast
 
 import conftest
 import numpy as np
@@ -19,13 +20,14 @@ import torch
 import transformers
 from conftest import Called, nothing
 from safetensors.torch import load_file, save_file
-from traceserve.building.attempt import candidate_shapes
+from traceserve.building import attempt
+from traceserve.building.attempt import Attempt, candidate_shapes
 from traceserve.building.checkpoints import loading, sources
 from traceserve.building.checkpoints.original import Original
 from traceserve.building.config.parsing import parse_config
-from traceserve.building.exported import Exported
+from traceserve.building.exported import Candidate, Exported
 from traceserve.building.gate import verification
-from traceserve.building.gate.findings import LIMITS, Cell, DriftError, Findings
+from traceserve.building.gate.findings import LIMITS, Cell, DriftError, Findings, TokenCounts
 from traceserve.building.gate.outputs import GridRows, unexplained_variance
 from traceserve.building.gate.reference import Reference
 from traceserve.building.gate.texts import TEXTS, VERY_LONG
@@ -231,6 +233,52 @@ def test_an_output_that_tells_no_texts_apart_is_caught(
     assert "logits hardly tells texts apart" in capsys.readouterr().err
 
 
+def test_an_embedding_that_tells_no_texts_apart_is_caught(
+    checkpoint: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """All vectors share a large constant part, so that it alone has nearly the cosine of each."""
+
+    def last_norm(model: Any) -> Any:
+        return model.encoder.layer[-1].output.LayerNorm
+
+    folder = Path(shutil.copytree(checkpoint("bert", "AutoModel"), tmp_path / "model"))
+    model = transformers.AutoModel.from_pretrained(folder)
+    with torch.no_grad():
+        last_norm(model).weight *= 0.05
+        last_norm(model).bias += 10
+    model.save_pretrained(folder)
+    content = {"model_name": str(folder), "task": "feature_extraction", "max_length": 32, "sequence_lengths": "fixed"}
+    content.update(dtype="float16", parameters={"pooling": "mean"})
+    run_export(tmp_path / "right", content)
+    for row in Manifest.read(tmp_path / "right").receipt["variants"]:
+        assert 0 < row["unexplained_variance"]["vector"] < 0.2
+
+    def forget(model: Any) -> None:
+        last_norm(model).weight[:] = 0
+
+    monkeypatch.setitem(WRITERS, "torchscript", changed_for_the_writer(forget))
+    with pytest.raises(DriftError) as error:
+        run_export(tmp_path / "x", content)
+    findings = error.value.findings
+    assert not findings.failed and not findings.too_many_changed
+    assert findings.indistinct == {"vector": pytest.approx(1, abs=0.01)}
+    printing.print_findings(findings)
+    assert "vector hardly tells texts apart" in capsys.readouterr().err
+
+
+def test_vectors_that_a_sample_asks_otherwise_are_not_compared_so(
+    checkpoint: Callable[..., Path], tmp_path: Path
+) -> None:
+    """They have other sizes; and token vectors are not one vector of the text."""
+    content = {"model_name": str(checkpoint("bert", "AutoModel")), "task": "feature_extraction", "max_length": 32}
+    samples = tmp_path / "mine.jsonl"
+    samples.write_text(json.dumps({"text": "mine", "parameters": {"dimensions": 2}}) + "\n")
+    pooled = {**content, "dtype": "float16", "parameters": {"pooling": "mean"}}
+    found = run_export(tmp_path / "pooled", pooled, samples_file=samples).findings
+    assert list(found.unexplained) == ["vector"] and found.unexplained["vector"] < 0.2
+    assert not run_export(tmp_path / "tokens", {**content, "dtype": "float16"}).findings.unexplained
+
+
 def test_the_variance_that_is_lost() -> None:
     expected = [np.array([value, 1.0], np.float32) for value in (-12.1, -12.0, -11.9)]
     shifted = [each + 0.3 for each in expected]
@@ -242,6 +290,40 @@ def test_the_variance_that_is_lost() -> None:
     found = Findings(LIMITS["int8"], answers=1, unexplained={"logits": unexplained_variance(wrong)})
     assert list(found.indistinct) == ["logits"] and not found.passed
     assert not replace(found, limit=LIMITS["float32"]).indistinct  # its other limits see more
+
+
+def test_a_record_has_only_finite_numbers() -> None:
+    findings = Findings(LIMITS["int8"], answers=1, cells=[Cell(1, 8, False, "logits", math.inf)])
+    findings.unexplained["logits"] = math.nan
+    findings.along = TokenCounts(texts=1, tokens=1, drift=math.inf)
+    receipts = [findings.receipt(), Candidate("int8", findings).receipt()]
+    json.dumps(receipts, allow_nan=False)
+    assert [each["largest_difference"] for each in receipts] == [None, None]
+
+
+def test_what_padding_changes_is_that_of_the_artifacts_own_model(
+    checkpoint: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not of another one that was tried before, nor of shapes in which nothing could run."""
+    original = load_original(checkpoint, tmp_path)
+    models = [original, replace(original, kept=("a layer",))]
+    limit = LIMITS["float32"]
+
+    def proven(own: Attempt, lowered: Original, shapes: Shapes, folder: Path) -> Tuple[Any, Findings]:
+        if not shapes.padded:
+            return None, Findings(limit, failure=None if lowered.kept else "it cannot run")
+        if not lowered.kept:
+            return None, Findings(limit, cells=[Cell(1, 8, True, "logits", 0.1)])
+        if shapes.lengths is None:
+            return None, Findings(limit, failure="it cannot run")
+        return None, Findings(limit, cells=[Cell(1, 8, True, "logits", 0.5)])
+
+    monkeypatch.setattr(attempt, "_lowered", lambda *arguments: models)
+    monkeypatch.setattr(Attempt, "_proven", proven)
+    monkeypatch.setattr(Attempt, "_finish", lambda own, manifest, findings, lowered, folder: findings)
+    config, _ = parse_config({"model_name": "x/y", **CLASSIFIER})
+    made: Any = Attempt(config, cast(Any, None), Reference(original), "x", (), nothing).make("float32", tmp_path)
+    assert made.compared[attempt.PADDING_CHANGES] == 0.5
 
 
 @pytest.mark.parametrize("difference", [2e-4, math.inf, math.nan, None], ids=str)

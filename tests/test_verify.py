@@ -153,6 +153,8 @@ def ranking(**scores: float) -> List[Dict[str, Any]]:
         (ranking(a=0.5, b=float("nan")), ranking(a=0.5, b=0.5), float("inf")),
         ({"labels": ["x"], "scores": [float("nan")]}, {"labels": ["x"], "scores": [1.0]}, float("inf")),
         ("text", ranking(a=1.0), float("inf")),
+        ({"answer": "x"}, {"score": 0.5, "answer": "x"}, float("inf")),  # a score that is missing
+        ({"score": 0.5}, {"score": 0.5, "answer": "x"}, 0.0),
         ({"generated_text": "x"}, {"generated_text": "y"}, 0.0),
     ],
 )

@@ -249,8 +249,10 @@ class Manifest:
 
 
 def write_document(document: Mapping[str, object], folder: Path) -> None:
-    """Write a whole document, with its digest, into `folder/traceserve.json`."""
-    text = json.dumps(sealed(document), indent=2, ensure_ascii=False) + "\n"
+    """Write a whole document, with its digest, into `folder/traceserve.json`; NaN and infinities, which JSON lacks, become
+    null."""
+    document = json.loads(json.dumps(document), parse_constant=lambda constant: None)
+    text = json.dumps(sealed(document), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
     (folder / MANIFEST_FILE).write_text(text, encoding="utf-8")
 
 

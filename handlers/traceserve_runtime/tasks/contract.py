@@ -336,6 +336,10 @@ class Task:
         """Return whether two answers to a request mean the same, apart from rounding."""
         raise NotImplementedError
 
+    def answers_with_vector(self, request: Request) -> bool:
+        """Return whether the answer is one vector for the whole text, as this archive makes it by default."""
+        return False
+
     def streams(self, request: Request) -> bool:
         """Return whether this request's answer is streamed."""
         return False

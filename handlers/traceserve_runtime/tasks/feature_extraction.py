@@ -195,6 +195,10 @@ class FeatureExtraction(Task):
         special = row.encoding.special_tokens_mask
         return next((i for i, own in enumerate(special) if not own), 0) + len(self.tokenizer.token_ids(prompt))
 
+    def answers_with_vector(self, request: Request) -> bool:
+        own = {"pooling", "normalize", "dimensions"} & set(request.parameters)
+        return not own and bool(self.parameter(request, "pooling") != "none")
+
     def same(self, answer: Json, other: Json) -> bool:
         """Require a cosine above 0.999 for every vector; one of zeros has none."""
         one, two = (np.atleast_2d(np.squeeze(np.asarray(a, dtype=np.float64))) for a in (answer, other))

@@ -105,7 +105,8 @@ class Attempt:
                     continue
                 if findings.passed:
                     if not shapes.padded:
-                        findings.compared[PADDING_CHANGES] = min(each.findings.largest_difference for each in drifted)
+                        padded_wrong = _wrong_by_padding(lowered, drifted)
+                        findings.compared[PADDING_CHANGES] = min(each.largest_difference for each in padded_wrong)
                     return self._finish(manifest, findings, padded, folder)
                 drifted.append(Drifted(findings, padded, shapes))
                 if config.hardware in FIXED_SHAPES or not (findings.failure or findings.failed):
@@ -155,9 +156,7 @@ class Attempt:
         for shapes in candidate_shapes(self.config, lowered.max_length):
             for side in sides:
                 yield replace(lowered, padding_side=side), replace(shapes, shortest=lowered.shortest)
-        model, kept = lowered.model, lowered.kept
-        own = [each.findings for each in drifted if each.lowered.model is model and each.lowered.kept == kept]
-        if any(findings.padding_changes for findings in own):
+        if _wrong_by_padding(lowered, drifted):
             for shapes in without_padding(self.config):
                 yield lowered, replace(shapes, shortest=lowered.shortest)
 
@@ -210,6 +209,12 @@ class Attempt:
             manifest = explaining.with_gradients(self.config, manifest, lowered, folder)
         manifest.write(folder)
         return AcceptedArtifact(folder, manifest, findings)
+
+
+def _wrong_by_padding(lowered: Original, drifted: Sequence[Drifted]) -> List[Findings]:
+    """Return the findings on this model's artifacts in which padding alone was wrong."""
+    own = [each for each in drifted if each.lowered.model is lowered.model and each.lowered.kept == lowered.kept]
+    return [each.findings for each in own if each.findings.padding_changes]
 
 
 def _distance(drifted: Drifted) -> Tuple[float, float]:

@@ -9,7 +9,7 @@ from typing import Dict, Optional, Tuple
 from traceserve_runtime import processor
 from traceserve_runtime.manifest import Manifest
 
-from traceserve.building.gate.findings import Findings
+from traceserve.building.gate.findings import Findings, finite
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class Candidate:
             "own_answers": found.own_answers if found else 0,
             "own_answers_changed": found.own_changed if found else 0,
             **({"own_refused": found.own_refused} if found and found.own_refused else {}),
-            "largest_difference": found.largest_difference if found else None,
+            "largest_difference": finite(found.largest_difference) if found else None,
             "refused": self.refused,
             **({"along_texts": found.row["along_texts"]} if found and found.along is not None else {}),
         }

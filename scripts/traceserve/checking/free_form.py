@@ -25,7 +25,7 @@ _RECEIPT: Mapping[str, object] = {
     "along_texts": {**_TOKENS, "near_ties": int, "mean_drift": float, "own": _TOKENS},
 }
 _RUNTIME: Mapping[str, object] = {aot_inductor.MACHINE: str, aot_inductor.INSTRUCTIONS: [str]}
-_NULL = ("license",)  # or null
+_NULL = ("license", "largest_difference", "mean_drift")  # or null: no licence, and no finite number
 _LACKING = ("own",)  # an object need not have it; nor a whole part any of its keys
 _WORDS = {bool: "true or false", int: "a whole number", float: "a number", str: "a text", dict: "an object"}
 
@@ -34,9 +34,14 @@ def check_free_form(manifest: Manifest) -> None:
     """Raise InvalidManifest for parts that no build wrote."""
     for part, content, kinds in (("receipt", manifest.receipt, _RECEIPT), ("runtime", manifest.runtime, _RUNTIME)):
         for key, kind in kinds.items():
-            value = content.get(key)
-            if key in content and not (value is None and key in _NULL):
-                _check_kind(value, kind, f"{part}.{key}")
+            if key in content:
+                _check_value(content, key, kind, part)
+
+
+def _check_value(content: Mapping[str, object], key: str, kind: object, where: str) -> None:
+    value = content.get(key)
+    if not (key in content and value is None and key in _NULL):
+        _check_kind(value, kind, f"{where}.{key}")
 
 
 def _check_kind(value: object, kind: object, where: str) -> None:
@@ -45,7 +50,7 @@ def _check_kind(value: object, kind: object, where: str) -> None:
         assert isinstance(value, dict)
         for key, inner in kind.items():
             if key in value or key not in _LACKING:
-                _check_kind(value.get(key), inner, f"{where}.{key}")
+                _check_value(value, key, inner, where)
     elif isinstance(kind, list):
         if not isinstance(value, list):
             raise _refused(where, "a list")

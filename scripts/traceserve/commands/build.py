@@ -22,6 +22,7 @@ from traceserve.commands.printing import (
     print_line,
     print_note,
     printable,
+    recorded,
 )
 
 if TYPE_CHECKING:
@@ -248,7 +249,9 @@ def _padding(manifest: Manifest) -> List[Tuple[str, str]]:
         return [("padding", "computed in attention alone")]
     from traceserve.building.attempt import REFUSED
 
-    refused = [f"{row['largest_difference']:.1e} in {row['variant']}" for row in manifest.receipt.get(REFUSED, ())]
+    refused = [
+        f"{recorded(row['largest_difference'])} in {row['variant']}" for row in manifest.receipt.get(REFUSED, ())
+    ]
     why = f": the rewritten graph was refused (largest difference {'; '.join(refused)})" if refused else ""
     return [("padding", "computed as tokens are" + why)]
 
@@ -313,7 +316,7 @@ def _print_variants(findings: Findings) -> None:
     for found in findings.every:
         row = found.row
         changed = f"{row['answers_changed']} of {row['answers']}" if found.along is None else _tokens(found.along)
-        table.add_row(row["variant"], row["device"], str(row["cells"]), f"{row['largest_difference']:.1e}", changed)
+        table.add_row(row["variant"], row["device"], str(row["cells"]), recorded(row["largest_difference"]), changed)
     console().print(table, highlight=False)
 
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Dict, Iterator, List, Mapping, Sequence, 
 
 from traceserve.commands.arguments import add_signature
 from traceserve.commands.contract import Command
-from traceserve.commands.printing import console, megabytes, print_line, print_note, printable, printable_json
+from traceserve.commands.printing import console, megabytes, print_line, print_note, printable, printable_json, recorded
 from traceserve.errors import some
 
 if TYPE_CHECKING:
@@ -131,12 +131,12 @@ def _receipt(receipt: Mapping[str, Any]) -> str:
         )
         judged += (
             f"; along the original's texts {along['tokens_changed']} of {along['tokens']} tokens{own} and "
-            f"{along['near_ties']} near ties, log-probability lost {along['mean_drift']:+.4f} per token"
+            f"{along['near_ties']} near ties, log-probability lost {recorded(along['mean_drift'], '+.4f')} per token"
         )
     limit = receipt.get("limits", {}).get("difference", float("nan"))
     return (
         f"{passed}: {receipt.get('answers_changed', 0)} of {answers} {what} changed{judged}; largest difference "
-        f"{receipt.get('largest_difference', float('nan')):.1e} of {limit:.0e} in {cells} shapes; "
+        f"{recorded(receipt.get('largest_difference'))} of {limit:.0e} in {cells} shapes; "
         f"{len(receipt.get('variants', ()))} way(s) of running it"
     )
 

@@ -173,6 +173,11 @@ def figure(value: float) -> str:
     return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
+def recorded(value: Optional[float], form: str = ".1e") -> str:
+    """Format a number of the receipt, which has null for NaN and infinities."""
+    return "not a finite number" if value is None else format(value, form)
+
+
 def megabytes(size: int) -> str:
     return f"{size / 1e6:.1f} MB"
 

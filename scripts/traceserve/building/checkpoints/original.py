@@ -73,9 +73,8 @@ class Original:
     @property
     def note(self) -> Optional[str]:
         """Notes for the user."""
-        case_note = self.case_note if self.known_tokens is None else self._tokens_note
-        notes = [self._short_note, case_note, self._types_note, self._infilling_note, self._response_note]
-        notes += [self._labels_note, self.weights_note, self.chat_note]
+        notes = [self._short_note, self.case_note, self._tokens_note, self._types_note, self._infilling_note]
+        notes += [self._response_note, self._labels_note, self.weights_note, self.chat_note]
         return "\n".join(note for note in notes if note) or None
 
     @property

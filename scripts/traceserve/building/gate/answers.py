@@ -5,6 +5,7 @@ from __future__ import annotations
 from functools import partial
 from typing import Iterator, List, Optional, Sequence, Tuple, Union
 
+import numpy as np
 from traceserve_runtime.batching.batches import Stats
 from traceserve_runtime.engine import Engine, Work
 from traceserve_runtime.errors import TraceserveError
@@ -18,10 +19,13 @@ from traceserve.building.checkpoints import languages
 from traceserve.building.checkpoints.original import Original
 from traceserve.building.gate.along import OwnText, compare_along
 from traceserve.building.gate.findings import Findings
+from traceserve.building.gate.outputs import unexplained_variance
 from traceserve.building.gate.reference import Reference, Wanted, run_original, tokens_of
 from traceserve.building.progress import Progress
 
 _AT_ONCE = 512  # the user's samples per batch, before checking whether enough have failed
+_MOST_VECTORS = 2048  # whose variance is compared
+VECTOR = "vector"  # the name, among those of outputs, of answers that are one vector
 
 
 def compare_answers(
@@ -47,6 +51,7 @@ def compare_answers(
         )
     refused = [item for item in encoded[len(samples) - own :] if isinstance(item, TraceserveError)]
     findings.own_refused, findings.own_refusal = len(refused), refused[0].message if refused else ""
+    vectors: List[Tuple[np.ndarray, np.ndarray]] = []
     done, most = 0, 0.0 if thorough or along is not None else findings.limit.changed * own
     for part in _parts(len(samples), own, stops_early=most >= 1):
         progress(f"answering with {findings.variant}", done, len(samples))
@@ -56,7 +61,9 @@ def compare_answers(
             # The model's own settings may refuse a sample.
             if isinstance(item, Encoded) and engine.task.repeatable(samples[i]):
                 is_own = i >= len(samples) - own
-                _compare(engine, reference, i, samples[i], item, answer, is_own, findings)
+                expected = _compare(engine, reference, i, samples[i], item, answer, is_own, findings)
+                if findings.limit.changed and len(vectors) < _MOST_VECTORS:
+                    vectors += _vectors(engine.task, samples[i], answer, expected)
                 if along is not None and isinstance(answer, TraceserveError):
                     findings.astray += [i] if i in findings.changed else []  # the original refuses it too, otherwise
                 elif along is not None:
@@ -66,6 +73,8 @@ def compare_answers(
             findings.stopped = True
             break
     findings.changed.sort()
+    if vectors:
+        findings.unexplained[VECTOR] = unexplained_variance(vectors)
     if along:
         progress(f"going along the original's texts with {findings.variant}", 0, 0)
         compare_along(engine, reference, along, findings)
@@ -106,18 +115,32 @@ def _compare(
     answer: Union[Answer, TraceserveError],
     is_own: bool,
     findings: Findings,
-) -> None:
-    """Compare one answer, and record the result."""
+) -> Union[Json, TraceserveError]:
+    """Compare one answer, and record the result; return the original's, or why it has none."""
     findings.answers += 1
     findings.own_answers += is_own
     if not _tokenized_alike(reference.original, sample, encoded, engine):
         findings.tokenized_otherwise.append(index)
-    changed = _changed(engine, reference, sample, encoded, answer)
+    expected = _answer_or_refusal(engine.task, reference, sample, encoded)
+    changed = _changed(engine, reference, encoded, answer, expected)
     if changed and _again_alone(reference, encoded, engine.manifest.outputs):
-        changed = _changed(engine, reference, sample, encoded, answer)
+        expected = _answer_or_refusal(engine.task, reference, sample, encoded)
+        changed = _changed(engine, reference, encoded, answer, expected)
     if changed:
         findings.changed.append(index)
         findings.own_changed += is_own
+    return expected
+
+
+def _vectors(
+    task: Task, sample: Request, answer: Union[Answer, TraceserveError], expected: Union[Json, TraceserveError]
+) -> List[Tuple[np.ndarray, np.ndarray]]:
+    """Return the vector that a text is answered with, beside the original's; nothing for other answers."""
+    if isinstance(answer, TraceserveError) or isinstance(expected, TraceserveError):
+        return []
+    if not task.answers_with_vector(sample):
+        return []
+    return [(np.array(answer.value, np.float32), np.array(expected, np.float32))]
 
 
 def _wanted(
@@ -138,16 +161,27 @@ def _again_alone(reference: Reference, encoded: Encoded, outputs: Sequence[str])
 
 
 def _changed(
-    engine: Engine, reference: Reference, sample: Request, encoded: Encoded, answer: Union[Answer, TraceserveError]
+    engine: Engine,
+    reference: Reference,
+    encoded: Encoded,
+    answer: Union[Answer, TraceserveError],
+    expected: Union[Json, TraceserveError],
 ) -> bool:
     """Return whether an answer differs from the decoded outputs of the original."""
     if engine.task.cleans_up and not _decoded_alike(reference.original, encoded, engine.task):
         return True
-    try:
-        expected = expected_answer(engine.task, reference, sample, encoded)
-    except TraceserveError as error:
-        return type(answer) is not type(error)
+    if isinstance(expected, TraceserveError):
+        return type(answer) is not type(expected)
     return isinstance(answer, TraceserveError) or not engine.task.same(answer.value, expected)
+
+
+def _answer_or_refusal(
+    task: Task, reference: Reference, sample: Request, encoded: Encoded
+) -> Union[Json, TraceserveError]:
+    try:
+        return expected_answer(task, reference, sample, encoded)
+    except TraceserveError as error:
+        return error
 
 
 def expected_answer(task: Task, reference: Reference, sample: Request, encoded: Encoded) -> Json:

@@ -27,13 +27,20 @@ def _difference(answer: Any, expected: Any) -> float:
             return _APART
         if "labels" in expected and "scores" in expected:  # zero-shot's two lists are a ranking
             return _between(_paired(answer), _paired(expected))
-        return max((_difference(answer[key], expected[key]) for key in expected if key in answer), default=0.0)
+        return max((_of_key(key, answer, expected) for key in expected), default=0.0)
     if isinstance(expected, (list, tuple)):
         return _of_lists(answer, expected)
     if isinstance(expected, float):
         apart = abs(answer - expected) if _is_number(answer) else _APART
         return apart if np.isfinite(apart) else _APART
     return 0.0
+
+
+def _of_key(key: str, answer: Mapping[str, Any], expected: Mapping[str, Any]) -> float:
+    """Return the difference of one value; a missing one is infinitely far if it has numbers."""
+    if key in answer:
+        return _difference(answer[key], expected[key])
+    return _APART if _numbers(expected[key]) else 0.0
 
 
 def _of_lists(answer: Any, expected: Sequence[Any]) -> float:

@@ -76,7 +76,7 @@ class TokenCounts:
             "tokens": self.tokens,
             "tokens_changed": self.changed,
             "near_ties": self.near_ties,
-            "mean_drift": round(self.mean_drift, 6),
+            "mean_drift": finite(round(self.mean_drift, 6)),
         }
 
 
@@ -230,12 +230,18 @@ class Findings:
             "variant": self.variant,
             "device": self.device,
             "cells": len(self.cells),
-            "largest_difference": float(np.max([cell.difference for cell in self.cells], initial=0.0)),
+            "largest_difference": finite(float(np.max([cell.difference for cell in self.cells], initial=0.0))),
             "answers": self.answers,
             "answers_changed": len(self.changed),
-            **({"unexplained_variance": self.unexplained} if self.limit.changed and self.unexplained else {}),
+            **self._receipt_of_variance(),
             **self._along_texts(),
         }
+
+    def _receipt_of_variance(self) -> Dict[str, Any]:
+        """Return the record of what a lower precision's outputs lost of what tells texts apart; nothing for others."""
+        if not (self.limit.changed and self.unexplained):
+            return {}
+        return {"unexplained_variance": {output: finite(share) for output, share in self.unexplained.items()}}
 
     def _along_texts(self) -> Dict[str, Any]:
         """Return the record of a lower precision's texts; nothing for others."""
@@ -252,7 +258,7 @@ class Findings:
             "cells": len(self.cells),
             "batches": sorted({cell.batch for cell in self.cells}),
             "lengths": sorted({cell.length for cell in self.cells}),
-            "largest_difference": self.largest_difference,
+            "largest_difference": finite(self.largest_difference),
             "answers": self.answers,
             "answers_changed": len(self.changed),
             "own_answers": self.own_answers,
@@ -275,15 +281,19 @@ class Findings:
         cells = [cell.difference for found in self.every for cell in found.in_parts]
         if not cells:
             return {}
-        largest = float(np.max(cells))  # infinite, or NaN, if it could not be run so
-        known = largest if np.isfinite(largest) else None
-        return {IN_PARTS: {"passed": self.prompts_in_parts, "largest_difference": known}}
+        # Infinite, or NaN, if it could not be run so.
+        return {IN_PARTS: {"passed": self.prompts_in_parts, "largest_difference": finite(float(np.max(cells)))}}
 
     def _receipt_of_texts(self) -> Dict[str, Any]:
         if self.along is None:
             return {}
         limits = {"near_tie": NEAR_TIE, "mean_drift": MOST_DRIFT}
         return {"along_texts": {**self._along_texts()["along_texts"], "limits": limits}}
+
+
+def finite(value: float) -> Optional[float]:
+    """Return a number as a record may hold it: JSON has neither NaN nor infinities."""
+    return value if np.isfinite(value) else None
 
 
 def _over(cells: Sequence[Cell], limit: Limit) -> List[Cell]:

@@ -46,6 +46,8 @@ def differs(folder: Path) -> Optional[str]:
     encoded = task.encode(task.from_texts(TEXTS))
     rows = {row.length: row for each in encoded if not isinstance(each, TraceserveError) for row in each.rows}
     fitting = sorted(n for n in rows if manifest.shapes.shortest <= n <= _LONGEST)
+    if not fitting:
+        return "no built-in text has a length at which it could be compared with the model"
     limit = LIMITS[manifest.dtype].difference
     for length in _spread(fitting):
         row = rows[length]
