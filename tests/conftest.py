@@ -137,7 +137,7 @@ def run_export(
         if verification.TEXTS is TEXTS and not all_texts:
             patch.setattr(verification, "TEXTS", FEW_TEXTS)
         gate = GateOptions(OwnSamples.read(samples_file) if samples_file else None, allow_drift)
-        return export(LoadedConfig(config, ROOT, notes), folder.name, folder, nothing, gate, shared)
+        return export(LoadedConfig(config, ROOT, notes), folder.name, folder, nothing, gate, shared, shared is None)
 
 
 def reread(module: Any, folder: Path) -> Any:

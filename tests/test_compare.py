@@ -13,7 +13,8 @@ import pytest
 from test_samples import piped
 from traceserve import cli
 from traceserve.building import artifact, attempt
-from traceserve.building.checkpoints import loading
+from traceserve.building.checkpoints import loading, sources
+from traceserve.building.checkpoints.checkpoint import Checkpoint
 from traceserve.building.config import formats
 from traceserve.building.config.dtypes import DTYPES
 from traceserve.building.config.parsing import LoadedConfig, parse_config
@@ -59,6 +60,8 @@ def test_each_is_built_and_measured_and_nothing_stays(
     monkeypatch.setattr(formats_compared, "possible_formats", lambda config: tried)
     monkeypatch.setattr(formats_compared, "_MOST", 64)
     loaded = counted(monkeypatch, loading, "load_original")
+    fetched = counted(monkeypatch, sources, "fetch_checkpoint")
+    hashed = counted(monkeypatch, Checkpoint, "source")
     raced = counted(monkeypatch, attempt, "measure_speeds")
     written = counted(monkeypatch, artifact, "write_artifact")
     monkeypatch.setitem(sys.modules, "nncf", None)
@@ -75,6 +78,7 @@ def test_each_is_built_and_measured_and_nothing_stays(
     assert rows[2]["figures"] is None and "pip install 'traceserve[openvino]'" in rows[2]["refused"]
     # One original for all, and no artifact beside them to race with: each is measured in its own process.
     assert (len(loaded), len(raced), len(written)) == (1, 0, 2)
+    assert (len(fetched), len(hashed)) == (1, 1)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["scratch", "setup_config.json"]
     assert not list((tmp_path / "scratch").glob("*compare*"))
 
@@ -181,7 +185,7 @@ def test_what_cannot_be_measured_is_told_and_the_others_go_on(tmp_path: Path, mo
     def export(loaded: LoadedConfig, name: str, folder: Path, *others: Any, **named: Any) -> Any:
         if loaded.config.dtype == "float32":
             (folder / "whole").touch()
-        requests = named["shared"].samples.requests(TASKS["sequence_classification"])
+        requests = others[1].samples.requests(TASKS["sequence_classification"])
         asked.append([request.inputs["text"] for request in requests])
         return SimpleNamespace(findings=findings.Findings(findings.LIMITS["float32"]))
 

@@ -15,7 +15,7 @@ from traceserve.building.checkpoints import loading, sources
 from traceserve.building.config.parsing import parse_config
 from traceserve.building.gate.findings import LIMITS, DriftError
 from traceserve.building.gate.texts import SENTENCES
-from traceserve.building.writers.lowering import int8, precision
+from traceserve.building.writers.lowering import int8, precision, sensitivity
 from traceserve.building.writers.lowering.int8 import KEPT_SHARES, Int8Linear, quantized
 from traceserve.building.writers.lowering.sensitivity import linears, measure_layers
 from traceserve.errors import ExportError
@@ -185,6 +185,13 @@ def test_more_and_more_layers_stay_as_they_are(checkpoint: Callable[..., Path], 
     assert [len(names) for names in kept] == [round(share * len(inside)) for share in KEPT_SHARES]
     assert kept[0] == set() and all(fewer < more for fewer, more in zip(kept, kept[1:]))
     assert {name for name, module in original.model.named_modules() if type(module) is torch.nn.Linear} == set(linears)
+
+
+def test_steps_that_leave_the_same_layers_are_one() -> None:
+    """A model of two layers: 0.0, 0.1 and 0.2 of them are none."""
+    moved = {"one": 1.0, "two": 2.0}
+    measured = sensitivity.Measured({name: torch.ones(1) for name in moved}, lambda: moved)
+    assert list(measured.steps((0.0, 0.1, 0.2, 0.3, 0.4, 1.0))) == [(), ("two",), ("two", "one")]
 
 
 def test_what_stays_is_what_moves_the_output_most(checkpoint: Callable[..., Path], tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Dict, Iterator, List, Optional, Tuple
 
-from traceserve_runtime.manifest import Manifest
+from traceserve_runtime.manifest import Manifest, Source
 from traceserve_runtime.runtimes import torch_internals
 from traceserve_runtime.runtimes.modes import differentiable
 from traceserve_runtime.tasks import TASKS
@@ -34,7 +34,6 @@ from traceserve.building.gate.reference import Reference
 from traceserve.building.gate_options import GateOptions
 from traceserve.building.products import PRODUCTS_KEY, count_products
 from traceserve.building.progress import Progress
-from traceserve.building.samples import OwnSamples
 from traceserve.building.writers import WRITERS
 from traceserve.building.writers.lowering import precision
 from traceserve.errors import ExportError
@@ -46,10 +45,11 @@ _ONE_AT_A_TIME = threading.RLock()
 
 @dataclass
 class Shared:
-    """What several exports of one configuration have in common, which differ in save mode and dtype: the user's samples, and the
-    original with its outputs, which the first of them adds."""
+    """What several exports of one configuration have in common, which differ in save mode and dtype: the checkpoint, its record,
+    and the original with its outputs. The first of them adds what is missing."""
 
-    samples: Optional[OwnSamples] = None
+    checkpoint: Optional[Checkpoint] = None
+    source: Optional[Source] = None
     reference: Optional[Reference] = None
 
 
@@ -60,16 +60,17 @@ def export(
     progress: Progress,
     gate: GateOptions = GateOptions(),
     shared: Optional[Shared] = None,
+    measure: bool = True,
 ) -> Exported:
     """Write the artifact `name` into `folder`, an empty one; raises TraceserveError, DriftError from the gate.
 
     If the configuration leaves the dtype open, the first candidate that passes is taken, fastest first. If it leaves
     the shapes open, the widest that pass are taken. If none passes and the artifact may drift, those are taken that change
-    the fewest answers; artifacts that cannot run are never exported. With `shared`, nothing is measured, and the original
-    is taken from it. Another thread's export waits for this one's end.
+    the fewest answers; artifacts that cannot run are never exported. With `measure`, the speed of one that is to be faster than
+    another save mode's is measured beside that. Another thread's export waits for this one's end.
     """
     with _ONE_AT_A_TIME, differentiable(), _settings_kept(), loading.quiet_transformers(), seeded(), _frozen_objects():
-        return _export(loaded, name, folder, progress, gate, shared)
+        return _export(loaded, name, folder, progress, gate, shared or Shared(), measure)
 
 
 @contextlib.contextmanager
@@ -98,16 +99,21 @@ def _frozen_objects() -> Iterator[None]:
 
 
 def _export(
-    loaded: LoadedConfig, name: str, folder: Path, progress: Progress, gate: GateOptions, shared: Optional[Shared]
+    loaded: LoadedConfig,
+    name: str,
+    folder: Path,
+    progress: Progress,
+    gate: GateOptions,
+    shared: Shared,
+    measure: bool,
 ) -> Exported:
-    samples = gate.samples or (shared.samples if shared else None)
-    config, checkpoint = _fetched(loaded, progress)
-    own_samples = samples.requests(TASKS[config.task]) if samples else []
-    reference = _reference(config, checkpoint, loaded.folder, progress, shared or Shared())
+    config, checkpoint = _fetched(loaded, progress, shared)
+    own_samples = gate.samples.requests(TASKS[config.task]) if gate.samples else []
+    reference = _reference(config, checkpoint, loaded.folder, progress, shared)
     original = reference.original
     explaining.check_embedding_name(config, original)
-    attempt = Attempt(config, checkpoint.source(config), reference, name, own_samples, progress)
-    chosen, tried, compared = _chosen(attempt, folder, gate.allow_drift, measured=shared is None)
+    attempt = Attempt(config, _source(config, checkpoint, shared), reference, name, own_samples, progress)
+    chosen, tried, compared = _chosen(attempt, folder, gate.allow_drift, measure)
     because = choosing.choose(config).reason if loaded.config.save_mode == AUTO else ""
     receipt = {
         **chosen.manifest.receipt,
@@ -126,6 +132,13 @@ def _export(
     return Exported(manifest, chosen.findings, parameters, note, found, tuple(tried), compared, p50, because)
 
 
+def _source(config: SetupConfig, checkpoint: Checkpoint, shared: Shared) -> Source:
+    """Return the checkpoint's record, with the SHA-256 of each file."""
+    if shared.source is None:
+        shared.source = checkpoint.source(config)
+    return shared.source
+
+
 def _reference(
     config: SetupConfig, checkpoint: Checkpoint, config_folder: Path, progress: Progress, shared: Shared
 ) -> Reference:
@@ -137,13 +150,13 @@ def _reference(
 
 
 def _chosen(
-    attempt: Attempt, folder: Path, allow_drift: bool, measured: bool
+    attempt: Attempt, folder: Path, allow_drift: bool, measure: bool
 ) -> Tuple[AcceptedArtifact, List[Candidate], Optional[Compared]]:
-    """Put the artifact that passes into `folder`; return it, what became of each candidate, and, if `measured`, its speed
+    """Put the artifact that passes into `folder`; return it, what became of each candidate, and, to `measure` it, its speed
     beside another save mode's."""
     with tempfile.TemporaryDirectory(prefix=".candidates.", dir=folder.parent) as scratch:
         chosen, tried = _first_that_passes(attempt, folder, Path(scratch), allow_drift)
-        compared = attempt.compared(chosen, Path(scratch)) if measured else None
+        compared = attempt.compared(chosen, Path(scratch)) if measure else None
         if chosen.folder != folder:
             for file in chosen.folder.iterdir():
                 os.replace(file, folder / file.name)
@@ -163,11 +176,13 @@ def _note(config: SetupConfig, checkpoint: Checkpoint, original: Original, manif
     return "\n".join(note for note in notes if note) or None
 
 
-def _fetched(loaded: LoadedConfig, progress: Progress) -> Tuple[SetupConfig, Checkpoint]:
+def _fetched(loaded: LoadedConfig, progress: Progress, shared: Shared) -> Tuple[SetupConfig, Checkpoint]:
     """Return the configuration with its task and save mode, which it may leave to the checkpoint, and that."""
     config = _settled(loaded.config)
-    progress("fetching the checkpoint", 0, 0)
-    checkpoint = sources.fetch_checkpoint(config, loaded.folder)
+    if shared.checkpoint is None:
+        progress("fetching the checkpoint", 0, 0)
+        shared.checkpoint = sources.fetch_checkpoint(config, loaded.folder)
+    checkpoint = shared.checkpoint
     config = config.model_copy(update={"task": checkpoint.task})
     return (_settled(config) if config.save_mode == AUTO else config), checkpoint
 

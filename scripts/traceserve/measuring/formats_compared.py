@@ -28,6 +28,7 @@ from traceserve.building.config.setup_config import SetupConfig
 from traceserve.building.export import Shared, export
 from traceserve.building.gate.corpus import sentences
 from traceserve.building.gate.findings import Findings
+from traceserve.building.gate_options import GateOptions
 from traceserve.building.progress import Progress
 from traceserve.building.samples import OwnSamples
 from traceserve.errors import ExportError, UnaskableError, last_line
@@ -70,11 +71,13 @@ def compared_formats(
 ) -> Iterator[ComparedFormat]:
     """Yield each save mode and dtype, once it is built and measured; raises TraceserveError for an invalid checkpoint."""
     config = loaded.config
-    shared = Shared(OwnSamples.read(samples_file) if samples_file else None)  # before anything is downloaded
+    gate = GateOptions(OwnSamples.read(samples_file) if samples_file else None)  # before anything is downloaded
     progress("fetching the checkpoint", 0, 0)
-    config = choosing.settled(config.model_copy(update={"task": sources.fetch_checkpoint(config, loaded.folder).task}))
+    checkpoint = sources.fetch_checkpoint(config, loaded.folder)
+    shared = Shared(checkpoint)
+    config = choosing.settled(config.model_copy(update={"task": checkpoint.task}))
     task = TASKS[config.task]
-    own = shared.samples.requests(task) if shared.samples else []
+    own = gate.samples.requests(task) if gate.samples else []
     for save_mode, dtype in possible_formats(config):
         options = config.options if save_mode == config.save_mode else {}
         one = config.model_copy(update={"save_mode": save_mode, "dtype": dtype, "options": options})
@@ -83,7 +86,7 @@ def compared_formats(
             folder.mkdir()
             try:
                 loaded_one = loaded._replace(config=one)
-                made = export(loaded_one, folder.name, folder, progress, shared=shared)
+                made = export(loaded_one, folder.name, folder, progress, gate, shared, measure=False)
                 progress(f"measuring {save_mode} in {dtype}", 0, 0)
                 most = _MOST_WRITTEN if task.loop else _MOST
                 figures = _measured(folder, own or load_task(folder, made.manifest).from_texts(sentences(most)))

@@ -116,11 +116,12 @@ class _Loader(yaml.SafeLoader):
 
 def unique_keys(pairs: List[Tuple[str, object]]) -> Dict[str, object]:
     """Return an object of these keys and values; raises ConfigError for a key that is given twice."""
-    keys = [key for key, _ in pairs]
-    for key in keys:
-        if keys.count(key) > 1:
+    found: Dict[str, object] = {}
+    for key, value in pairs:
+        if key in found:
             raise ConfigError(f"the key {key} is given twice")
-    return dict(pairs)
+        found[key] = value
+    return found
 
 
 def labels_beside(task: str, folder: Path) -> Optional[str]:

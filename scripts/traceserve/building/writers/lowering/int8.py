@@ -103,8 +103,7 @@ def ladder(
     none, and so measures none.
     """
     found = measure_layers(model, body_layers(model) if layers is None else layers, batches, measured)
-    for share in KEPT_SHARES:
-        kept = found.most(share)
+    for kept in found.steps(KEPT_SHARES):
         yield {name: largest for name, largest in found.largest.items() if name not in kept}, kept
 
 

@@ -110,8 +110,7 @@ def _kept(original: Original, texts: Sequence[TextOrPair], change: Layer) -> Ite
     if not layers:
         return
     found = sensitivity.measure_layers(model, layers, inputs_of(original, texts), change)
-    for share in KEPT_SHARES:
-        yield found.most(share)
+    yield from filter(None, found.steps(KEPT_SHARES))
 
 
 def _round_weights(model: torch.nn.Module, kept: Sequence[str]) -> List[str]:

@@ -36,6 +36,15 @@ class Measured:
         count = round(share * len(self.largest))
         return tuple(sorted(self.moved, key=lambda name: -self.moved[name])[:count]) if count else ()
 
+    def steps(self, shares: Sequence[float]) -> Iterator[Tuple[str, ...]]:
+        """Yield `most` of each share, in ascending order; of a few layers several shares are the same ones, yielded once."""
+        last: Optional[Tuple[str, ...]] = None
+        for share in shares:
+            names = self.most(share)
+            if names != last:
+                yield names
+            last = names
+
 
 class Bfloat16Linear(torch.nn.Module):
     """A linear layer that multiplies in bfloat16, and returns float32."""
