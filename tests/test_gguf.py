@@ -10,6 +10,7 @@ import pytest
 import torch
 import transformers
 from conftest import run_export
+from traceserve.building.checkpoints import gguf as gguf_checkpoint
 from traceserve.building.checkpoints.checkpoint import Checkpoint
 from traceserve.building.checkpoints.gguf import tokenizer_options
 from traceserve.building.checkpoints.loading import load_original, quiet_transformers
@@ -100,6 +101,17 @@ def test_scaled_positions_are_refused(scaled: str, word: str, llama: Path, tmp_p
     write_gguf(tmp_path / "x.gguf", llama, scaled=scaled)
     with pytest.raises(ExportError, match=f"scales its rotary embeddings .{word}., which transformers does not read"):
         read(tmp_path)
+
+
+def test_a_file_is_parsed_once(llama: Path, tmp_path: Path) -> None:
+    """Unless it has changed."""
+    for begins in (True, False):
+        path = write_gguf(tmp_path / "x.gguf", llama, begins=begins)
+        checkpoint = Checkpoint(tmp_path, "folder", gguf_file=path.name)
+        parsed = gguf_checkpoint._read.cache_info().misses
+        gguf_checkpoint.check_gguf(checkpoint)
+        assert tokenizer_options(checkpoint) == {"add_bos_token": begins}
+        assert gguf_checkpoint._read.cache_info().misses == parsed + 1
 
 
 @pytest.mark.skipif(NEW, reason="transformers 5 reads it rightly")

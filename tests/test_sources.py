@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fnmatch
 import hashlib
 import json
 import os
@@ -18,7 +19,9 @@ import pytest
 import torch
 from safetensors.numpy import save
 from traceserve.building.checkpoints import sources
-from traceserve.building.checkpoints.checkpoint import Checkpoint
+from traceserve.building.checkpoints.checkpoint import SMALL_FILES, TOKENIZER_FILES, Checkpoint
+from traceserve.building.checkpoints.head_weights import weight_shapes
+from traceserve.building.checkpoints.libraries import transformers as transformers_library
 from traceserve.building.config.parsing import parse_config
 from traceserve.building.config.setup_config import SetupConfig
 from traceserve.errors import SourceError
@@ -304,6 +307,23 @@ def test_source_records_each_file_that_is_read(
     assert checkpoint.pickled is ("model.safetensors" not in weights and not any("safetensors" in w for w in weights))
 
 
+def test_another_copy_of_the_weights_is_not_read(tmp_path: Path) -> None:
+    """As Mistral's consolidated.safetensors, beside shards with their index."""
+    folder = write(tmp_path / "mine", "config.json", *SHARDS)
+    wrong = {"weight": np.zeros(5, np.float32), "more": np.zeros(7, np.float32)}
+    (folder / "consolidated.safetensors").write_bytes(save(wrong))
+    checkpoint = sources.fetch_checkpoint(config_of("mine"), tmp_path)
+    assert sorted(checkpoint.source(config_of("mine")).files) == sorted(["config.json", INDEX, *SHARDS])
+    assert weight_shapes(folder) == {"weight": (999,)}
+    assert set(transformers_library._weights(checkpoint, "4.26.0")["state_dict"]) == {"weight"}  # type: ignore[call-overload]
+
+
+def test_all_of_a_tokenizer_is_recorded(tmp_path: Path) -> None:
+    write(tmp_path / "mine", "config.json", "model.safetensors", "vocab.txt", "bpe.codes")
+    assert "bpe.codes" in sources.fetch_checkpoint(config_of("mine"), tmp_path).source(config_of("mine")).files
+    assert all(any(fnmatch.fnmatch(name, pattern) for pattern in SMALL_FILES) for name in TOKENIZER_FILES)
+
+
 # The hub.
 
 ONE, TWO = "1" * 40, "2" * 40
@@ -320,6 +340,13 @@ SAFE = {
     "onnx/model.onnx": b"onnx",
     "onnx/config.json": b"{}",
     "openvino/openvino_model.bin": b"openvino",
+}
+SHARDED = {
+    **{name: content for name, content in SAFE.items() if name not in ("model.safetensors", "pytorch_model.bin")},
+    "bpe.codes": b"codes",
+    "consolidated.safetensors": content_of("consolidated.safetensors"),
+    INDEX: json.dumps({"weight_map": dict(enumerate(SHARDS))}).encode(),
+    **{name: content_of(name) for name in SHARDS},
 }
 TAGGER = b'{"model_type": "bert", "architectures": ["BertForTokenClassification"]}'
 KERNEL = b'{"model_type": "bert", "_attn_implementation": "evil/kernel"}'
@@ -343,6 +370,7 @@ REPOSITORIES = {
         {ONE: SAFE, TWO: {**SAFE, "model.safetensors": content_of("second.safetensors")}},
     ),
     "org/pickled": Repository({"main": ONE}, {ONE: {n: c for n, c in SAFE.items() if n != "model.safetensors"}}),
+    "org/sharded": Repository({"main": ONE}, {ONE: SHARDED}),
     "org/empty": Repository({"main": ONE}, {ONE: {"README.md": b"# Nothing"}}),
     "plain": Repository({"main": TWO}, {TWO: SAFE}),
     "org/tagger": Repository({"main": ONE}, {ONE: {**SAFE, "config.json": TAGGER}}),
@@ -514,6 +542,13 @@ def test_hub_pickle_only_where_there_is_nothing_else(hub: Hub, fetch: Fetch) -> 
     assert answer["files"] == expected("pytorch_model.bin")
     assert hub.files == sorted({*FETCHED, "pytorch_model.bin"})
     assert fetch("org/pickled", offline=True) == answer
+
+
+def test_hub_no_other_copy_of_the_weights(hub: Hub, fetch: Fetch) -> None:
+    answer = fetch("org/sharded")
+    assert answer["files"] == expected("bpe.codes", INDEX, *SHARDS, of=SHARDED)
+    assert hub.files == sorted({*FETCHED, "bpe.codes", INDEX, *SHARDS})
+    assert fetch("org/sharded", offline=True) == answer
 
 
 def test_hub_code_only_where_it_is_trusted(hub: Hub, fetch: Fetch) -> None:

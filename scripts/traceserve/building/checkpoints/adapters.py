@@ -18,15 +18,14 @@ from pathlib import Path
 from typing import Any, Callable, Collection, Dict, Iterator, Mapping, Optional
 
 from traceserve.archives import staging
-from traceserve.building.checkpoints import adapter_tokenizers, files, head_weights, heads
-from traceserve.building.checkpoints.checkpoint import Adapter, Checkpoint
+from traceserve.building.checkpoints import adapter_tokenizers, files, head_weights, heads, weight_files
+from traceserve.building.checkpoints.checkpoint import TOKENIZER_FILES, Adapter, Checkpoint
 from traceserve.building.checkpoints.json_files import read_json
 from traceserve.building.config.setup_config import SetupConfig
 from traceserve.errors import ExportError, SourceError, some
 from traceserve.machine import user_folders
 
 FILE = "adapter_config.json"
-WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 PACKAGES = ("peft",)
 # Kinds whose weights can be merged into the base's, each tested. Others, such as prompt tuning, cannot.
 KINDS = (
@@ -45,11 +44,6 @@ _BESIDE = ("auto_mapping", "peft_version", "peft_type")
 PREFIX = "base_model.model."  # before the base's own names in the adapter's file
 _PROBES = (89, 97)  # numbers of labels that are no other size in a model
 _CONFIG, _GENERATION = "config.json", "generation_config.json"
-_TOKENIZER = (
-    ("tokenizer*.json", "special_tokens_map.json", "added_tokens.json", "*vocab*.*", "merges.txt", "*.model", "*.spm")
-    + ("*.tiktoken", "*.bpe", "bpe.codes", "chat_template*", "*.jinja", "emoji*.json", "normalizer.json")
-    + ("special_tokens.txt",)
-)
 _OF_SENTENCES = ("modules.json", "sentence_*_config.json", "config_sentence_transformers.json")
 
 
@@ -110,18 +104,16 @@ def join(stored: Checkpoint, config: SetupConfig, locate: Callable[[SetupConfig,
     folder, name = stored.folder, config.model_name
     files.check_pointers(folder, name)
     facts = check_adapter(folder, name)
-    weights = [file for file in WEIGHTS if (folder / file).is_file()]
+    weights = [file for file in weight_files.ADAPTERS if (folder / file).is_file()]
     if not weights:
-        raise SourceError(f"{name}: {folder} has no weights of the adapter ({' or '.join(WEIGHTS)})")
-    whole = sorted(path.name for path in folder.glob("model*.safetensors")) + sorted(
-        path.name for path in folder.glob("pytorch_model*.bin")
-    )
+        raise SourceError(f"{name}: {folder} has no weights of the adapter ({' or '.join(weight_files.ADAPTERS)})")
+    whole = [file.name for file in weight_files.files_of(folder) if file.name not in weight_files.ADAPTERS]
     if whole:
         raise SourceError(
             f"{name} holds an adapter ({weights[0]}) and a whole model ({some(whole)}), and cannot be both: remove {FILE} if "
             "the adapter has been merged into that model, or else the whole model"
         )
-    if weights[0] == WEIGHTS[1]:
+    if weights[0] == weight_files.ADAPTERS[1]:
         files.check_pickle(folder / weights[0], name)
     base_name = facts["base_model_name_or_path"]
     base = _base(facts, folder, config, locate)
@@ -230,7 +222,7 @@ def _write(content: Mapping[str, object], stored: Checkpoint, base: Checkpoint, 
     """Write the joined folder into the cache, named after the hash of its content."""
     tokenizer = stored if files.has_vocabulary(stored.folder) else base
     code = ("*.py",) if config.trust_remote_code else ()
-    places = [*_matching(base.folder, (_GENERATION, *code)), *_matching(tokenizer.folder, _TOKENIZER)]
+    places = [*_matching(base.folder, (_GENERATION, *code)), *_matching(tokenizer.folder, TOKENIZER_FILES)]
     places += _matching(stored.folder, _OF_SENTENCES)
     text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
     digest = hashlib.sha256(text.encode("utf-8"))
@@ -258,7 +250,7 @@ def _unread(folder: Path, joined: Path) -> Optional[str]:
     passed_over = [name for name in (_CONFIG, _GENERATION) if (folder / name).is_file()]
     tokenizer = [
         path.name
-        for path in _matching(folder, _TOKENIZER)
+        for path in _matching(folder, TOKENIZER_FILES)
         if path.name not in adapter_tokenizers.FILES and not _same(path, joined / path.name)
     ]
     unread = sorted({*passed_over, *tokenizer, *files.unknown_files(folder)})

@@ -8,16 +8,19 @@ from typing import Dict, Optional
 
 from traceserve_runtime.manifest import Base, Source, sha256
 
+from traceserve.building.checkpoints import weight_files
 from traceserve.building.checkpoints.json_files import read_object
 from traceserve.building.config.setup_config import SetupConfig
 
-# The files of a checkpoint; a hub may hold others for other libraries.
-SMALL_FILES = ["*.json", "*.txt", "*.model", "*.spm", "*.tiktoken", "*.bpe", "*.jinja", "*/config.json"]
-SMALL_FILES += ["additional_chat_templates/*.jinja"]
-SAFETENSORS = ["*.safetensors"]
-PICKLES = ["pytorch_model*.bin"]
-ADAPTER_PICKLE = ["adapter_model.bin"]
+VOCABULARIES = ("tokenizer.json", "vocab*.*", "*.model", "*.spm", "*.tiktoken", "*.bpe")  # a tokenizer has one of them
+TOKENIZER_FILES = (
+    (*VOCABULARIES, "*vocab*.*", "merges.txt", "bpe.codes", "tokenizer_config.json", "special_tokens_map.json")
+    + ("added_tokens.json", "special_tokens.txt", "chat_template.json", "*.jinja", "emoji*.json", "normalizer.json")
+)  # fmt: skip
+# The files of a checkpoint besides its weights; a hub may hold others for other libraries.
+SMALL_FILES = ["*.json", "*.txt", "*/config.json", "additional_chat_templates/*.jinja", *TOKENIZER_FILES]
 CODE = ["*.py"]
+_OF_MODULES = (weight_files.SAFETENSORS, weight_files.PICKLE)  # weights of sentence-transformers' modules
 
 
 @dataclass(frozen=True)
@@ -38,7 +41,7 @@ class Checkpoint:
     @property
     def pickled(self) -> bool:
         """Whether its weights are only available as a pickle."""
-        return not any(self.folder.glob("*.safetensors"))
+        return weight_files.are_pickles(self.folder)
 
     def read_object(self, name: str) -> Optional[Dict[str, object]]:
         """Return the object in a JSON file of the checkpoint, or None if missing; raises SourceError."""
@@ -58,12 +61,13 @@ class Checkpoint:
             base = self.adapter.base.source(config)
             told = Base(self.adapter.base_name, base.kind, base.revision, base.files)
             return replace(self.adapter.stored.source(config), base=told)
-        patterns = SMALL_FILES + (PICKLES + ADAPTER_PICKLE if self.pickled else SAFETENSORS)
-        patterns += CODE if config.trust_remote_code else []
-        patterns = [self.gguf_file] if self.gguf_file else patterns
         root = self.root or self.folder
-        patterns += ["*/model.safetensors", "*/pytorch_model.bin"] if (root / "modules.json").is_file() else []
-        found = {path for pattern in patterns for place in {root, self.folder} for path in place.glob(pattern)}
+        patterns = SMALL_FILES + (CODE if config.trust_remote_code else [])
+        patterns = [self.gguf_file] if self.gguf_file else patterns
+        patterns += [f"*/{name}" for name in _OF_MODULES] if (root / "modules.json").is_file() else []
+        places = {root, self.folder}
+        found = {path for pattern in patterns for place in places for path in place.glob(pattern)}
+        found.update(file for place in places if not self.gguf_file for file in weight_files.files_of(place))
         return Source(
             name=config.model_name,
             kind=self.kind,

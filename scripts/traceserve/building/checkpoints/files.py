@@ -12,8 +12,8 @@ from typing import IO, Dict, Iterator, List, Optional, Sequence
 
 from traceserve_runtime.tasks import TASKS
 
-from traceserve.building.checkpoints import generation, sentence_transformers
-from traceserve.building.checkpoints.checkpoint import Checkpoint
+from traceserve.building.checkpoints import generation, sentence_transformers, weight_files
+from traceserve.building.checkpoints.checkpoint import TOKENIZER_FILES, VOCABULARIES, Checkpoint
 from traceserve.building.checkpoints.json_files import read_json, read_object
 from traceserve.building.config import CONFIG_FILE
 from traceserve.building.config.setup_config import SetupConfig
@@ -22,12 +22,10 @@ from traceserve.errors import SourceError, some
 # The files of a text model that transformers, tokenizers or this project read; and those that none reads, which change
 # nothing.
 READ = (
-    ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
-    + ("added_tokens.json", "*vocab*.*", "merges.txt", "*.model", "*.spm", "*.tiktoken", "*.bpe", "bpe.codes")
-    + ("chat_template.json", "*.jinja", "*.index.json", "*.safetensors", "pytorch_model*.bin", "*.gguf")
+    ("config.json", "generation_config.json", *TOKENIZER_FILES)
+    + ("*.index.json", "*.safetensors", "pytorch_model*.bin", "*.gguf")
     + ("modules.json", "config_sentence_transformers.json", *sentence_transformers.TRANSFORMER_SETTINGS)
-    + ("emoji*.json", "normalizer.json")
-    + ("special_tokens.txt", "*.py", "adapter_*", "index_to_name.json", CONFIG_FILE)
+    + ("*.py", "adapter_*", "index_to_name.json", CONFIG_FILE)
 )
 HARMLESS = (
     (".*", "*.md", "LICENSE*", "NOTICE*", "*.txt.gz", "*.png", "*.jpg", "*.jpeg", "*.gif", "*.svg", "*.pdf", "*.html")
@@ -68,7 +66,6 @@ HARMLESS = (
         "quant_strategy*",
     )
 )
-VOCABULARIES = ("tokenizer.json", "vocab*.*", "*.model", "*.spm", "*.tiktoken", "*.bpe")  # a tokenizer has one of them
 _LFS = b"version https://git-lfs"
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)$")
 # The modules in a pickle of weights; a whole model names its own classes.
@@ -179,9 +176,8 @@ def _attention(configuration: object) -> Iterator[str]:
 
 def check_pickles(folder: Path, name: str) -> None:
     """Raise SourceError for pickles of whole models, if a checkpoint's weights are only available as pickles."""
-    if not any(folder.glob("*.safetensors")):
-        for path in sorted(folder.glob("pytorch_model*.bin")):
-            check_pickle(path, name)
+    for path in weight_files.files_of(folder) if weight_files.are_pickles(folder) else ():
+        check_pickle(path, name)
 
 
 def check_files(checkpoint: Checkpoint, config: SetupConfig) -> Optional[str]:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import io
 import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Dict, Iterator, Optional, Tuple
+from typing import TYPE_CHECKING, Dict, Iterator, NamedTuple, Optional, Tuple
 
 from traceserve.building.checkpoints.checkpoint import Checkpoint
 from traceserve.errors import ExportError, SourceError, first_line
@@ -16,6 +17,8 @@ if TYPE_CHECKING:
 
 # Tensors that are not part of any parameter.
 _SCALED_ROTARY = {"rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight"}
+_SCALING, _TOKENIZER, _ADDS_BOS = ".rope.scaling.type", "tokenizer.ggml.model", "tokenizer.ggml.add_bos_token"
+_READ_FIELDS = (_SCALING, _TOKENIZER, _ADDS_BOS)
 _BYTE_LEVEL = "gpt2"  # llama.cpp's name for such tokenizers
 
 
@@ -38,10 +41,7 @@ def check_gguf(checkpoint: Checkpoint) -> None:
     """Raise SourceError, ExportError for a GGUF file that cannot be read, or only in part by transformers."""
     if checkpoint.gguf_file is None:
         return
-    reader = _read(checkpoint)
-    lost = sorted({tensor.name for tensor in reader.tensors} & _SCALED_ROTARY)
-    kinds = [field.contents() for name, field in reader.fields.items() if name.endswith(".rope.scaling.type")]
-    lost += [f"rope.scaling.type {kind}" for kind in kinds if kind != "none"]
+    lost = _facts(checkpoint).scaling
     if lost:
         raise ExportError(
             f"{checkpoint.gguf_file} scales its rotary embeddings ({', '.join(lost)}), which transformers does not read "
@@ -56,18 +56,15 @@ def tokenizer_options(checkpoint: Checkpoint) -> Dict[str, object]:
     """
     if checkpoint.gguf_file is None:
         return {}
-    fields = _read(checkpoint).fields
-    says = fields.get("tokenizer.ggml.add_bos_token")
-    kind = fields.get("tokenizer.ggml.model")
+    facts = _facts(checkpoint)
     # llama.cpp's default for older files, which do not say: yes for sentencepiece's.
-    return {"add_bos_token": says.contents() if says else bool(kind) and kind.contents() == "llama"}
+    return {"add_bos_token": facts.tokenizer == "llama" if facts.adds_bos is None else facts.adds_bos}
 
 
 def check_tokenizer(checkpoint: Checkpoint, tokenizer: PreTrainedTokenizerBase) -> None:
     """Raise ExportError if a byte-level tokenizer is lossy: transformers 4.57's drop a text's leading space."""
     text = " a"
-    kind = _read(checkpoint).fields.get("tokenizer.ggml.model") if checkpoint.gguf_file else None
-    if kind is None or kind.contents() != _BYTE_LEVEL:
+    if checkpoint.gguf_file is None or _facts(checkpoint).tokenizer != _BYTE_LEVEL:
         return
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]
     if tokenizer.decode(ids, clean_up_tokenization_spaces=False) != text:
@@ -77,7 +74,27 @@ def check_tokenizer(checkpoint: Checkpoint, tokenizer: PreTrainedTokenizerBase) 
         )
 
 
-def _read(checkpoint: Checkpoint) -> Any:
+class _Facts(NamedTuple):
+    """What is read of a GGUF file here: what scales its rotary embeddings, its kind of tokenizer, and whether that begins each
+    text with a special token; None where it does not say."""
+
+    scaling: Tuple[str, ...]
+    tokenizer: Optional[str]
+    adds_bos: Optional[bool]
+
+
+def _facts(checkpoint: Checkpoint) -> _Facts:
+    path = checkpoint.folder / str(checkpoint.gguf_file)
+    try:
+        found = path.stat()
+        return _read(path, found.st_mtime_ns, found.st_size)
+    except (ValueError, KeyError, IndexError, OSError) as error:
+        raise SourceError(f"{checkpoint.gguf_file} cannot be read as a GGUF file: {first_line(error)}") from error
+
+
+@functools.lru_cache(maxsize=1)
+def _read(path: Path, changed: int, size: int) -> _Facts:
+    """Parse a file once: its vocabulary takes seconds. It is another one after a change of its time or size."""
     try:
         import accelerate  # noqa: F401
         from gguf import GGUFReader
@@ -85,7 +102,8 @@ def _read(checkpoint: Checkpoint) -> Any:
         raise ExportError(
             f"a GGUF file needs packages that are not installed ({error}); pip install 'traceserve[gguf]'"
         ) from error
-    try:
-        return GGUFReader(checkpoint.folder / str(checkpoint.gguf_file))
-    except (ValueError, KeyError, IndexError, OSError) as error:
-        raise SourceError(f"{checkpoint.gguf_file} cannot be read as a GGUF file: {first_line(error)}") from error
+    reader = GGUFReader(path)
+    fields = {name: field.contents() for name, field in reader.fields.items() if name.endswith(_READ_FIELDS)}
+    kinds = [f"rope.scaling.type {kind}" for name, kind in fields.items() if name.endswith(_SCALING) and kind != "none"]
+    rotary = sorted({tensor.name for tensor in reader.tensors} & _SCALED_ROTARY)
+    return _Facts((*rotary, *kinds), fields.get(_TOKENIZER), fields.get(_ADDS_BOS))

@@ -19,6 +19,7 @@ from typing import (
     Tuple,
 )
 
+from traceserve.building.checkpoints import weight_files
 from traceserve.building.checkpoints.heads import (
     BASE,
     BOTH,
@@ -248,23 +249,19 @@ def _without_memory() -> Iterator[None]:
         yield
 
 
-def _pickles(folder: Path) -> List[Path]:
-    return sorted([*folder.glob("pytorch_model*.bin"), *folder.glob("adapter_model.bin")])
-
-
 def weight_shapes(folder: Path) -> Dict[str, Shape]:
     """Return each weight's shape by name, from the files' headers; empty if these are unreadable."""
     import torch
     from safetensors import SafetensorError, safe_open
 
     found: Dict[str, Shape] = {}
-    files = sorted(folder.glob("*.safetensors"))
+    files, pickles = weight_files.files_of(folder), weight_files.are_pickles(folder)
     try:
-        for file in files:
+        for file in () if pickles else files:
             with safe_open(file, "pt") as reader:
                 names = reader.keys()  # not a dict
                 found.update({name: tuple(reader.get_slice(name).get_shape()) for name in names})
-        for file in [] if files else _pickles(folder):
+        for file in files if pickles else ():
             weights = torch.load(file, map_location="meta", weights_only=True)
             found.update({name: tuple(weight.shape) for name, weight in weights.items()})
     except (SafetensorError, OSError, ValueError, RuntimeError, AttributeError, pickle.UnpicklingError):

@@ -9,14 +9,7 @@ from pathlib import Path
 from typing import Any, Callable, Dict, List
 
 from traceserve.building.checkpoints import adapters, demo, files, licenses, sentence_transformers, task, weight_files
-from traceserve.building.checkpoints.checkpoint import (
-    ADAPTER_PICKLE,
-    CODE,
-    PICKLES,
-    SAFETENSORS,
-    SMALL_FILES,
-    Checkpoint,
-)
+from traceserve.building.checkpoints.checkpoint import CODE, SMALL_FILES, Checkpoint
 from traceserve.building.checkpoints.json_files import read_json
 from traceserve.building.config.setup_config import SetupConfig, checkpoint_folder
 from traceserve.errors import SourceError, first_line, some
@@ -121,9 +114,9 @@ def _from_hub(config: SetupConfig, folder: Path) -> Checkpoint:
             else:
                 files.check_configuration(small, config.model_name)
                 task.check_early(config, small)
-            snapshot = download(SMALL_FILES + SAFETENSORS + code)
-            if not any(snapshot.glob("*.safetensors")):
-                download(PICKLES + ADAPTER_PICKLE)
+            snapshot = download([*SMALL_FILES, *weight_files.to_download(small, pickles=False), *code])
+            if not weight_files.files_of(snapshot):
+                download(weight_files.to_download(small, pickles=True))
             _download_modules(snapshot, config)
     except HFValidationError:
         raise SourceError(f"{what} is neither a folder ({folder} does not exist) nor a valid hub id") from None
@@ -194,7 +187,7 @@ def _check_whole(folder: Path, config: SetupConfig, kind: str) -> None:
             f"{config.model_name}: {folder} has no config.json, so it is no checkpoint of transformers"
             + (_gguf_files(folder) or hint)
         )
-    if not any(path for pattern in SAFETENSORS + PICKLES for path in folder.glob(pattern)):
+    if not weight_files.has_weights(folder):
         raise SourceError(
             f"{config.model_name}: {folder} has no weights (*.safetensors or pytorch_model.bin)"
             + (_gguf_files(folder) or hint)

@@ -15,6 +15,7 @@ from traceserve.building.checkpoints.model_card import front_matter
 from traceserve.building.config import libraries
 from traceserve.building.config.rules import check_together
 from traceserve.building.config.setup_config import AUTO_TASK, SetupConfig
+from traceserve.building.config.task_names import tagged_task
 from traceserve.errors import AmbiguousTask, SourceError
 
 # sentence-transformers' kinds of models (config_sentence_transformers.json, "model_type"), and their tasks.
@@ -23,19 +24,6 @@ _SENTENCE_TRANSFORMERS = {"SentenceTransformer": "feature_extraction", "CrossEnc
 _CROSS_ENCODER_KEYS = ("sentence_transformers", "sbert_ce_default_activation_function")
 # The labels of natural language inference, in any order; zero_shot_classification needs such a head.
 _INFERENCE = re.compile(r"^(not[_ -])?(entail|contradict|neutral)", re.IGNORECASE)
-# Values of a model card's `pipeline_tag`, and their tasks; it decides between tasks with the same head.
-_TAGS = {
-    "text-classification": "sequence_classification",
-    "zero-shot-classification": "zero_shot_classification",
-    "text-ranking": "text_ranking",
-    "feature-extraction": "feature_extraction",
-    "sentence-similarity": "feature_extraction",
-    "text-generation": "text_generation",
-    "text2text-generation": "text2text_generation",
-    "summarization": "text2text_generation",
-    "translation": "text2text_generation",
-    "fill-mask": "fill_mask",
-}
 # Secondary auto classes of an architecture with several: BART is trained to write, and happens to fill masks.
 _STANDS_BACK = {heads.BOTH: heads.MASKED}
 
@@ -207,6 +195,6 @@ def _quoted(names: Sequence[str]) -> str:
 
 
 def _tag(folder: Path) -> Optional[str]:
-    """Return the task in the model card's front matter; None without one."""
+    """Return the task in the model card's front matter; None without one. It decides between tasks with the same head."""
     tag = front_matter(folder).get("pipeline_tag")
-    return _TAGS.get(tag) if isinstance(tag, str) else None
+    return tagged_task(tag) if isinstance(tag, str) else None

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Optional, Sequence
 from traceserve_runtime.tasks import TASKS
 
 from traceserve.building.checkpoints import case, conversion, files, gguf, head_weights
-from traceserve.building.checkpoints.checkpoint import Checkpoint
+from traceserve.building.checkpoints.checkpoint import VOCABULARIES, Checkpoint
 from traceserve.building.checkpoints.lookups import embedding_weights
 from traceserve.building.config.setup_config import SetupConfig
 from traceserve.errors import ExportError, SourceError, first_line
@@ -76,9 +76,7 @@ def _check_reads_all(config: SetupConfig, tokenizer: PreTrainedTokenizerBase) ->
 def _check_present(config: SetupConfig, checkpoint: Checkpoint) -> None:
     """Raise SourceError for a checkpoint without a tokenizer's vocabulary."""
     if not files.has_vocabulary(checkpoint.folder):
-        raise SourceError(
-            f"{config.model_name}: {checkpoint.folder} has no tokenizer ({', '.join(files.VOCABULARIES)})"
-        )
+        raise SourceError(f"{config.model_name}: {checkpoint.folder} has no tokenizer ({', '.join(VOCABULARIES)})")
 
 
 def _longest(length: object) -> float:

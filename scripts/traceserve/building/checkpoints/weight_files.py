@@ -1,55 +1,107 @@
-"""The files of a checkpoint's weights: whole, all that an index names, and all in the checkpoint's own folder."""
+"""The files of a checkpoint's weights: which these are, and whether they are whole, all that an index names, and all in the
+checkpoint's own folder."""
 
 from __future__ import annotations
 
 import fnmatch
+import glob
 import os
 import re
 import zipfile
 from pathlib import Path
-from typing import List
+from typing import List, Optional
 
-from traceserve.building.checkpoints.checkpoint import PICKLES, SAFETENSORS
 from traceserve.building.checkpoints.json_files import read_object
 from traceserve.errors import SourceError, first_line, some, unread_reason
 
+SAFETENSORS, PICKLE = (
+    "model.safetensors",
+    "pytorch_model.bin",
+)  # a whole model's; several files have an index of this name
+ADAPTERS = ("adapter_model.safetensors", "adapter_model.bin")
+# The names that an index may give them.
+_SHARDS = {SAFETENSORS: "*.safetensors", PICKLE: "pytorch_model*.bin"}
 _SHARD = re.compile(r"(model|pytorch_model)[-.]\d+-of-\d+\.\w+")
+
+
+def files_of(folder: Path) -> List[Path]:
+    """Return the files that a model, or else an adapter, is read from, as transformers chooses them: one or those of an index,
+    and safetensors before pickles. Others beside them, such as consolidated.safetensors, are another copy. None without
+    weights."""
+    whole = _whole(folder)
+    if whole is None:
+        return [folder / name for name in ADAPTERS if (folder / name).is_file()][:1]
+    if os.path.lexists(folder / whole):
+        return [folder / whole]
+    return [folder / name for name in _named(_index(folder, whole)) or ()]
+
+
+def are_pickles(folder: Path) -> bool:
+    """Return whether there are weights only as pickles."""
+    whole = _whole(folder)
+    return whole == PICKLE if whole is not None else any(file.suffix == ".bin" for file in files_of(folder))
+
+
+def has_weights(folder: Path) -> bool:
+    """Return whether a folder has a whole model's weights, or shards without their index, whatever is wrong with them."""
+    return _whole(folder) is not None or bool(_shards(folder))
+
+
+def to_download(folder: Path, pickles: bool) -> List[str]:
+    """Return the patterns of the files of weights in a hub's repository, whose indices are in `folder`."""
+    whole = PICKLE if pickles else SAFETENSORS
+    named = _named(_index(folder, whole)) if _index(folder, whole).is_file() else None
+    return [whole, ADAPTERS[pickles], *map(glob.escape, named or ())]
+
+
+def _whole(folder: Path) -> Optional[str]:
+    """Return the name of a whole model's file, if there is one, or an index of several."""
+    names = (name for name in (SAFETENSORS, PICKLE) if os.path.lexists(folder / name) or _index(folder, name).is_file())
+    return next(names, None)
+
+
+def _index(folder: Path, whole: str) -> Path:
+    return folder / f"{whole}.index.json"
+
+
+def _named(index: Path) -> Optional[List[str]]:
+    """Return the files that an index names; None if it is none."""
+    found = (read_object(index) or {}).get("weight_map")
+    if not isinstance(found, dict) or not found or not all(isinstance(file, str) for file in found.values()):
+        return None
+    return sorted(set(found.values()))
+
+
+def _shards(folder: Path) -> List[str]:
+    return sorted(path.name for path in folder.iterdir() if _SHARD.fullmatch(path.name))
 
 
 def check_weights(folder: Path, name: str, again: str) -> None:
     """Raise SourceError for weights that are not whole; `again` says how to have them again.
 
-    Of a file of safetensors its header is read, which has the file's size. The files are those that transformers takes: one,
-    or those of an index.
+    Of a file of safetensors its header is read, which has the file's size. The folder has weights, see `has_weights`.
     """
-    safe = any(folder.glob(SAFETENSORS[0]))
-    whole = "model.safetensors" if safe else "pytorch_model.bin"
-    index = folder / f"{whole}.index.json"
-    if os.path.lexists(folder / whole):
-        files = [whole]
-    elif index.is_file():
-        files = _indexed(index, name, again, SAFETENSORS if safe else PICKLES)
-    else:
-        shards = sorted(path.name for path in folder.iterdir() if _SHARD.fullmatch(path.name))
-        if shards:
-            raise SourceError(
-                f"{name}: {folder} has shards of weights ({some(shards)}) without their index, {index.name}; {again}"
-            )
-        return
-    for file in files:
+    whole = _whole(folder)
+    if whole is None:
+        shards = _shards(folder)
+        index = _index(folder, SAFETENSORS if any(file.endswith(".safetensors") for file in shards) else PICKLE)
+        raise SourceError(
+            f"{name}: {folder} has shards of weights ({some(shards)}) without their index, {index.name}; {again}"
+        )
+    one = os.path.lexists(folder / whole)
+    for file in [whole] if one else _indexed(_index(folder, whole), name, again, _SHARDS[whole]):
         _check_file(folder / file, name, again)
 
 
-def _indexed(index: Path, name: str, again: str, patterns: List[str]) -> List[str]:
+def _indexed(index: Path, name: str, again: str, pattern: str) -> List[str]:
     """Return the files that an index names; raises SourceError unless each is recorded in the manifest, and exists."""
-    found = (read_object(index) or {}).get("weight_map")
-    if not isinstance(found, dict) or not found or not all(isinstance(file, str) for file in found.values()):
+    files = _named(index)
+    if files is None:
         raise SourceError(f"{name}: {index.name} has no weight_map, which names the file of each weight; {again}")
-    files = sorted(set(found.values()))
-    strange = [file for file in files if not _is_recorded(file, patterns)]
+    strange = [file for file in files if not _is_recorded(file, pattern)]
     if strange:
         raise SourceError(
-            f"{name}: {index.name} names {some(strange)}, and the weights are read only from {' or '.join(patterns)} beside it, "
+            f"{name}: {index.name} names {some(strange)}, and the weights are read only from {pattern} beside it, "
             "whose hashes the manifest records; move them there, and correct the index"
         )
     missing = [file for file in files if not os.path.lexists(index.parent / file)]
@@ -58,9 +110,8 @@ def _indexed(index: Path, name: str, again: str, patterns: List[str]) -> List[st
     return files
 
 
-def _is_recorded(file: str, patterns: List[str]) -> bool:
-    inside = "/" not in file and "\\" not in file
-    return inside and any(fnmatch.fnmatchcase(file, pattern) for pattern in patterns)
+def _is_recorded(file: str, pattern: str) -> bool:
+    return "/" not in file and "\\" not in file and fnmatch.fnmatchcase(file, pattern)
 
 
 def _check_file(path: Path, name: str, again: str) -> None:

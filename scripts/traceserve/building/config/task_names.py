@@ -29,6 +29,11 @@ _NEAR = {
 }
 
 
+def tagged_task(tag: str) -> Optional[str]:
+    """Return the task that a model card's `pipeline_tag` names; None for others."""
+    return _NEAR[tag][0] if tag in _NEAR else ALIASES.get(tag)
+
+
 def near_task(name: object) -> Optional[str]:
     """Return advice for a pipeline's name that is not accepted; None for other names."""
     if not isinstance(name, str):

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Callable, Dict, List, Mapping, Optional, 
 from traceserve_runtime.tasks import TASKS
 from traceserve_runtime.versions import release_of
 
-from traceserve.building.checkpoints import adapter_weights, head_weights, heads
+from traceserve.building.checkpoints import adapter_weights, head_weights, heads, weight_files
 from traceserve.building.checkpoints.checkpoint import Checkpoint
 from traceserve.building.checkpoints.gguf import located
 from traceserve.building.checkpoints.seeding import seeded
@@ -133,7 +133,7 @@ def _weights(checkpoint: Checkpoint, version: str) -> Dict[str, object]:
     from safetensors.torch import load_file
 
     tensors: Dict[str, object] = {}
-    for file in sorted(checkpoint.folder.glob("pytorch_model*.bin" if checkpoint.pickled else "*.safetensors")):
+    for file in weight_files.files_of(checkpoint.folder):
         tensors.update(
             torch.load(file, map_location="cpu", weights_only=True) if checkpoint.pickled else load_file(file)
         )
