@@ -21,7 +21,7 @@ import transformers
 from conftest import Called, nothing
 from safetensors.torch import load_file, save_file
 from traceserve.building import attempt
-from traceserve.building.attempt import Attempt, candidate_shapes
+from traceserve.building.attempt import AcceptedArtifact, Attempt, candidate_shapes
 from traceserve.building.checkpoints import loading, sources
 from traceserve.building.checkpoints.original import Original
 from traceserve.building.config.parsing import parse_config
@@ -318,12 +318,15 @@ def test_what_padding_changes_is_that_of_the_artifacts_own_model(
             return None, Findings(limit, failure="it cannot run")
         return None, Findings(limit, cells=[Cell(1, 8, True, "logits", 0.5)])
 
+    def finished(own: Attempt, manifest: Any, findings: Findings, *others: Any) -> AcceptedArtifact:
+        return AcceptedArtifact(tmp_path, manifest, findings)
+
     monkeypatch.setattr(attempt, "_lowered", lambda *arguments: models)
     monkeypatch.setattr(Attempt, "_proven", proven)
-    monkeypatch.setattr(Attempt, "_finish", lambda own, manifest, findings, lowered, folder: findings)
+    monkeypatch.setattr(Attempt, "_finish", finished)
     config, _ = parse_config({"model_name": "x/y", **CLASSIFIER})
-    made: Any = Attempt(config, cast(Any, None), Reference(original), "x", (), nothing).make("float32", tmp_path)
-    assert made.compared[attempt.PADDING_CHANGES] == 0.5
+    made = Attempt(config, cast(Any, None), Reference(original), "x", (), nothing).make("float32", tmp_path)
+    assert made.findings.compared[attempt.PADDING_CHANGES] == 0.5
 
 
 @pytest.mark.parametrize("difference", [2e-4, math.inf, math.nan, None], ids=str)

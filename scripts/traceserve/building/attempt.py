@@ -5,7 +5,7 @@ from __future__ import annotations
 import tempfile
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Iterable, Iterator, List, NamedTuple, Optional, Sequence, Tuple
+from typing import Iterable, Iterator, List, Mapping, NamedTuple, Optional, Sequence, Tuple, Union
 
 from traceserve_runtime.engine import load_task
 from traceserve_runtime.generation.steps import IN_PARTS
@@ -88,36 +88,60 @@ class Attempt:
     def make(self, dtype: str, folder: Path) -> AcceptedArtifact:
         """Make an artifact of this dtype in `folder`, with the widest shapes that pass; raises ExportError,
         DriftError."""
-        original = self.reference.original
-        refused: List[ExportError] = []
-        drifted: List[Drifted] = []
-        config = self.config
-        writer = WRITERS[config.save_mode]
+        config, writer = self.config, WRITERS[self.config.save_mode]
         texts = calibration(TASKS[config.task], self.own_samples, writer.most_texts, writer.fixes_ranges)
-        for lowered in _lowered(config, original, dtype, texts):
-            for padded, shapes in self._ways(lowered, drifted):
-                try:
-                    manifest, findings = self._proven(padded, shapes, folder)
-                except (CompileError, UnaskableError):
-                    raise
-                except ExportError as error:
-                    refused.append(error)  # tracing may fail at one length and not at another
-                    continue
-                if findings.passed:
-                    if not shapes.padded:
-                        padded_wrong = _wrong_by_padding(lowered, drifted)
-                        findings.compared[PADDING_CHANGES] = min(each.largest_difference for each in padded_wrong)
-                    return self._finish(manifest, findings, padded, folder)
-                drifted.append(Drifted(findings, padded, shapes))
-                if config.hardware in FIXED_SHAPES or not (findings.failure or findings.failed):
-                    break  # narrower shapes cannot mend what is wrong in all of them
+        tried: List[Union[Drifted, ExportError]] = []
+        for lowered in _lowered(config, self.reference.original, dtype, texts):
+            for result in self._attempts(lowered, folder):
+                if isinstance(result, AcceptedArtifact):
+                    return result
+                tried.append(result)
+        return self._best_or_raise(dtype, tried, folder)
+
+    def _attempts(self, lowered: Original, folder: Path) -> Iterator[Union[AcceptedArtifact, Drifted, ExportError]]:
+        """Yield what becomes of a model in shapes, widest first, as long as narrower ones may mend what was wrong; last
+        without padding, if padding alone was wrong in some of them."""
+        by_padding: List[float] = []
+        for padded, shapes in self._padded_ways(lowered):
+            result = self._try(padded, shapes, folder)
+            yield result
+            if isinstance(result, Drifted):
+                found = result.findings
+                if self.config.hardware in FIXED_SHAPES or not (found.failure or found.failed):
+                    return  # narrower shapes cannot mend what is wrong in all of them
+                by_padding += [found.largest_difference] if found.padding_changes else []
+        for shapes in without_padding(self.config) if by_padding else ():
+            changes = {PADDING_CHANGES: min(by_padding)}
+            yield self._try(lowered, replace(shapes, shortest=lowered.shortest), folder, changes)
+
+    def _try(
+        self, lowered: Original, shapes: Shapes, folder: Path, noted: Mapping[str, object] = {}
+    ) -> Union[AcceptedArtifact, Drifted, ExportError]:
+        """Return the artifact, finished if it passes, with what is `noted` in its receipt; or why it cannot be written:
+        tracing may fail at one length and not at another."""
+        try:
+            manifest, findings = self._proven(lowered, shapes, folder)
+        except (CompileError, UnaskableError):
+            raise
+        except ExportError as error:
+            return error
+        if not findings.passed:
+            return Drifted(findings, lowered, shapes)
+        findings.compared.update(noted)
+        return self._finish(manifest, findings, lowered, folder)
+
+    def _best_or_raise(
+        self, dtype: str, tried: Sequence[Union[Drifted, ExportError]], folder: Path
+    ) -> AcceptedArtifact:
+        """Return the artifact that drifts least, if any may; else raise why none passed."""
+        drifted = [each for each in tried if isinstance(each, Drifted)]
         runnable = [each for each in drifted if each.findings.failure is None]
         if self.allow_drift and runnable:
             findings, lowered, shapes = min(runnable, key=_distance)
             return self._finish(self._write(lowered, shapes, folder), findings, lowered, folder)
         if drifted:
             raise self._refusal(dtype, drifted)
-        raise refused[0]
+        raise next(each for each in tried if isinstance(each, ExportError))
 
     def _refusal(self, dtype: str, drifted: Sequence[Drifted]) -> DriftError:
         """Return the error on artifacts that all failed, with the closest one's findings."""
@@ -145,20 +169,13 @@ class Attempt:
         speeds = measure_speeds(folders, _speed_requests(made, self.own_samples), self.progress)
         return Compared(save_mode, speeds[save_mode], space.size([other]), speeds[""])
 
-    def _ways(self, lowered: Original, drifted: Sequence[Drifted]) -> Iterator[Tuple[Original, Shapes]]:
-        """Yield shapes, widest first, padded on the right, or on the left if the tokenizer says so; last without
-        padding.
-
-        The last only if padding alone was wrong in those that `drifted` by then.
-        """
+    def _padded_ways(self, lowered: Original) -> Iterator[Tuple[Original, Shapes]]:
+        """Yield shapes, widest first, padded on the right, or on the left if the tokenizer says so."""
         own_side = TASKS[self.config.task].padding_side or lowered.tokenizer.padding_side
         sides = dict.fromkeys((lowered.padding_side, own_side))
         for shapes in candidate_shapes(self.config, lowered.max_length):
             for side in sides:
                 yield replace(lowered, padding_side=side), replace(shapes, shortest=lowered.shortest)
-        if _wrong_by_padding(lowered, drifted):
-            for shapes in without_padding(self.config):
-                yield lowered, replace(shapes, shortest=lowered.shortest)
 
     def _proven(self, lowered: Original, shapes: Shapes, folder: Path) -> Tuple[Manifest, Findings]:
         """Write the artifact and return it with the gate's findings.
@@ -209,12 +226,6 @@ class Attempt:
             manifest = explaining.with_gradients(self.config, manifest, lowered, folder)
         manifest.write(folder)
         return AcceptedArtifact(folder, manifest, findings)
-
-
-def _wrong_by_padding(lowered: Original, drifted: Sequence[Drifted]) -> List[Findings]:
-    """Return the findings on this model's artifacts in which padding alone was wrong."""
-    own = [each for each in drifted if each.lowered.model is lowered.model and each.lowered.kept == lowered.kept]
-    return [each.findings for each in own if each.findings.padding_changes]
 
 
 def _distance(drifted: Drifted) -> Tuple[float, float]:
