@@ -83,9 +83,10 @@ def test_a_folder_in_the_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     [
         ((), "has no config.json, so it is no checkpoint of transformers"),
         (("model.safetensors",), "has no config.json, so it is no checkpoint of transformers"),
-        (("config.json",), r"has no weights \(\*.safetensors or pytorch_model.bin\)"),
+        (("config.json",), r"has no weights \(model.safetensors or pytorch_model.bin, or an index of several files\)"),
         (("config.json", "tf_model.h5", "training_args.bin"), r"has no weights"),
         (("config.json", "sub/model.safetensors"), r"has no weights"),
+        (("config.json", "consolidated.safetensors"), r"has no weights"),
     ],
 )
 def test_a_folder_that_is_no_checkpoint(files: Tuple[str, ...], missing: str, tmp_path: Path) -> None:

@@ -189,7 +189,7 @@ def _check_whole(folder: Path, config: SetupConfig, kind: str) -> None:
         )
     if not weight_files.has_weights(folder):
         raise SourceError(
-            f"{config.model_name}: {folder} has no weights (*.safetensors or pytorch_model.bin)"
+            f"{config.model_name}: {folder} has no weights (model.safetensors or pytorch_model.bin, or an index of several files)"
             + (_gguf_files(folder) or hint)
             + files.pickled_models(folder)
         )
