@@ -29,13 +29,12 @@ from conftest import ROOT
 from test_client import answering
 from traceserve import cli
 from traceserve.archives.contents import configure_archive, copy_archive, read_manifest, read_serving
-from traceserve.building.config.hardware import HARDWARE
-from traceserve.building.config.save_modes import SAVE_MODES
+from traceserve.building.config.hardware import FIXED_SHAPES, HARDWARE
 from traceserve.commands import deploy
 from traceserve.deploying import described, engines, packages, resources, templates, writing
 from traceserve.deploying.inside import canary, fetch, pinned
 from traceserve.deploying.plan import Wishes
-from traceserve.deploying.targets import TARGETS, checked, docker
+from traceserve.deploying.targets import TARGETS, checked, docker, sagemaker
 from traceserve.errors import DeployError
 from traceserve.serving.configuration import free_ports
 from traceserve_runtime.manifest import sealed
@@ -417,16 +416,9 @@ def test_room_is_looked_for_before_a_deployment_is_written(
 
 
 def test_the_tables_name_what_there_is() -> None:
-    assert set(packages.PACKAGES_OF_SAVE_MODE) <= set(SAVE_MODES)
-    assert set(packages.PACKAGES_OF_HARDWARE) | set(packages.INDEXES) | set(resources.KUBERNETES_RESOURCES) <= set(
-        HARDWARE
-    )
-    assert (
-        set(packages.ENGINE_PACKAGES) - {"mlflow", "kuberay"}
-        == set(engines.CONTAINER_ENGINES)
-        == set(resources.FRONTENDS)
-    )
+    assert set(packages.INDEXES) | set(resources.KUBERNETES_RESOURCES) <= set(HARDWARE)
     assert set(HARDWARE) - set(resources.KUBERNETES_RESOURCES) == {"cpu"}
+    assert set(sagemaker._INSTANCES) == set(HARDWARE) and set(resources.CORES_OF_A_DEVICE) == set(FIXED_SHAPES)
 
 
 def test_a_template_lacks_no_value() -> None:

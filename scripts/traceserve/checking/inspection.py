@@ -29,6 +29,7 @@ from traceserve.archives.listing import (
 )
 from traceserve.archives.model_config import SERVING_FILE, Serving
 from traceserve.building.checkpoints.labels import same_labels
+from traceserve.building.config.save_modes import SAVE_MODES
 from traceserve.checking.free_form import check_free_form
 from traceserve.checking.packages_here import PackageHere, packages_of
 from traceserve.deploying import resources
@@ -39,7 +40,6 @@ from traceserve.serving.engines import TORCHSERVE
 ERROR, WARNING, NOTE = "error", "warning", "note"
 FORMAT = 1  # of the JSON document; keys are only added under one number
 _DIGEST = "digest"
-_RIGHT_EVERYWHERE = ("onnx",)  # whose int8 is only slow on a processor that lacks it
 _CODE = (".py", ".pyc", ".so", ".pyd")
 
 
@@ -282,7 +282,8 @@ def _of_this_machine(manifest: Manifest) -> Iterator[InspectionFinding]:
     emulated = not processor.native(dtype) and not openvino.only_weights(manifest)
     if manifest.hardware not in resources.KUBERNETES_RESOURCES and emulated:
         wanted = f"{dtype} is native to processors with one of {', '.join(sorted(processor.NATIVE[dtype]))}; this one has none"
-        if dtype in processor.ONLY_NATIVE and manifest.save_mode not in _RIGHT_EVERYWHERE:
+        save_mode = SAVE_MODES.get(manifest.save_mode)
+        if dtype in processor.ONLY_NATIVE and not (save_mode is not None and save_mode.int8_right_everywhere):
             yield InspectionFinding(ERROR, "processor", f"{wanted}, and would answer wrong")
         else:
             yield InspectionFinding(WARNING, "processor", f"{wanted}, so answers are right, but slow")

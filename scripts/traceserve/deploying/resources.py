@@ -12,14 +12,7 @@ from traceserve.deploying import engines
 from traceserve.deploying.described import Described
 
 _MIB = 1 << 20
-# In MiB, with room: after 3,000 requests of 3 to 90 words, 32 at a time, the demo's classifier (48 MiB of files) took
-# 223 in TorchServe's JVM and 228 in its worker, or 361 behind uvicorn; Ray's own processes took 895 (proportional set sizes).
-FRONTENDS = {
-    "torchserve": 350,
-    "ray": 1000,
-    "uvicorn": 64,
-}  # the JVM; the raylet, the head and the proxy; or large bodies
-WORKER = 400  # Python, torch, a tokenizer, and a batch of ordinary texts
+WORKER = 400  # MiB: Python, torch, a tokenizer, and a batch of ordinary texts
 _COPIES = 2  # of the weights: the file, mapped and shared, and a copy as the processor reads it
 # What Kubernetes calls what a worker has one of: a GPU, or a core of an Inferentia, whose devices have several.
 GPU, NEURON_CORE = "nvidia.com/gpu", "aws.amazon.com/neuroncore"
@@ -61,9 +54,10 @@ class Resources:
 
 def needed(archives: Sequence[Described], engine: str) -> Resources:
     """What these archives need together, in one pod."""
-    memory, cores = float(FRONTENDS[engine]), 0
-    reasons = [f"memory: {FRONTENDS[engine]} MiB for {engine} itself"]
-    workers = {each.name: 1 if engines.CONTAINER_ENGINES[engine].single else each.workers for each in archives}
+    own = engines.CONTAINER_ENGINES[engine]
+    memory, cores = float(own.memory), 0
+    reasons = [f"memory: {own.memory} MiB for {engine} itself"]
+    workers = {each.name: 1 if own.single else each.workers for each in archives}
     for each in archives:
         count, model = workers[each.name], each.unpacked / _MIB
         copies = 1 + (_COPIES - 1) * (count if each.serving.pack_weights or count == 1 else 1)

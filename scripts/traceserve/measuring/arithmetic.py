@@ -8,9 +8,8 @@ from typing import Mapping, Optional
 from traceserve_runtime.manifest import Manifest
 
 from traceserve.building.config.dtypes import multiplied
+from traceserve.building.config.hardware import HARDWARE
 from traceserve.building.products import PRODUCTS_KEY
-
-TORCH_DEVICES = {"cpu": "cpu", "gpu": "cuda"}  # torch's names, by hardware; the peak of other chips is not measured
 
 
 @dataclass(frozen=True)
@@ -30,7 +29,8 @@ class Arithmetic:
 def arithmetic_of(manifest: Manifest) -> Optional[Arithmetic]:
     """Return what the build counted; None for an archive that does not say, or runs on another chip."""
     counted = manifest.receipt.get(PRODUCTS_KEY)
-    if not isinstance(counted, Mapping) or manifest.hardware not in TORCH_DEVICES:
+    hardware = HARDWARE.get(manifest.hardware)
+    if not isinstance(counted, Mapping) or hardware is None or hardware.torch_device is None:
         return None
     dtype = multiplied(manifest.dtype, manifest.hardware)
     return Arithmetic(dtype, manifest.hardware, int(counted["token"]), int(counted["pair"]))

@@ -9,8 +9,8 @@ import torch
 from traceserve_runtime import processor
 from traceserve_runtime.runtimes.team import threads_kept
 
+from traceserve.building.config.hardware import HARDWARE
 from traceserve.building.writers.tracing import torch_internals
-from traceserve.measuring.arithmetic import TORCH_DEVICES
 
 _SIZES = (512, 1024, 2048)  # of square matrices; caches decide which is fastest
 _SECONDS = 0.4  # for each size
@@ -19,10 +19,12 @@ _LARGEST = 127  # of int8
 
 @threads_kept()
 def measure_peak(dtype: str, hardware: str) -> Optional[float]:
-    """Return this machine's operations per second in products of a dtype, on all of its cores or one GPU; None where torch
-    has no such products. The fastest of several sizes and runs counts: others were disturbed.
+    """Return this machine's operations per second in products of a dtype, on all of its cores or one GPU; None for other chips,
+    and where torch has no such products. The fastest of several sizes and runs counts: others were disturbed.
     """
-    device = TORCH_DEVICES[hardware]
+    device = HARDWARE[hardware].torch_device
+    if device is None:
+        return None
     torch.set_num_threads(processor.cores())
     try:
         found: List[float] = []

@@ -37,7 +37,8 @@ class SaveMode(NamedTuple):
     hardware. `fails_with`: the save modes that fail on every model on which this one fails: they record the same graph, or
     run the same model. `measured_against`: the save mode whose float32 artifact the gate measures beside this one's; none
     for itself. `refuses`: invalid configuration keys, and why, with alternatives. `forks`: whether an archive that was loaded
-    before a fork answers in the child; torch would wait for its threads there.
+    before a fork answers in the child; torch would wait for its threads there. `packages`: what its reader needs besides a
+    worker's. `int8_right_everywhere`: whether its int8 is only slow, not wrong, on processors that lack it.
     """
 
     hardware: Tuple[str, ...]
@@ -50,6 +51,8 @@ class SaveMode(NamedTuple):
     measured_against: Optional[str] = None
     refuses: Mapping[str, str] = {}
     forks: bool = False
+    packages: Tuple[str, ...] = ()
+    int8_right_everywhere: bool = False
 
 
 COMPILED_BATCHES = (1, 4)
@@ -145,6 +148,7 @@ SAVE_MODES: Dict[str, SaveMode] = {
             "trust_remote_code": "save_mode pretrained carries no code of a checkpoint into the worker; take a save mode "
             "that writes the model's graph, as torchscript, or leave trust_remote_code out"
         },
+        packages=("transformers",),
     ),
     "onnx": SaveMode(
         hardware=("cpu",),
@@ -154,6 +158,8 @@ SAVE_MODES: Dict[str, SaveMode] = {
         options=_OF_ONNX,
         measured_against="torchscript",
         forks=True,
+        packages=("onnxruntime",),
+        int8_right_everywhere=True,
     ),
     "openvino": SaveMode(
         hardware=("cpu",),
@@ -162,6 +168,7 @@ SAVE_MODES: Dict[str, SaveMode] = {
         auto=dtypes.fastest_in_openvino,
         measured_against="torchscript",
         forks=True,
+        packages=("openvino",),
     ),
     "aot_inductor": SaveMode(
         hardware=("cpu",),

@@ -6,7 +6,7 @@ import json
 import math
 import re
 import sys
-from typing import Dict, Optional, Sequence, Tuple
+from typing import Dict, Sequence, Tuple
 
 from traceserve_hosts import KEY_VARIABLE, libraries
 
@@ -15,14 +15,6 @@ from traceserve.deploying.described import Described
 from traceserve.deploying.plan import Copy, DeployTarget, File, Plan, Text, Wishes
 
 _SEPARATOR = re.compile(r"\.|_|__|-+")  # of Docker's grammar for references
-_NOTES = {
-    "uvicorn": f"without {KEY_VARIABLE} in the container's environment no key is demanded; /ping and /health need none.",
-    "ray": f"without {KEY_VARIABLE} in the container's environment a key is made at every start: `docker exec CONTAINER python "
-    "-m traceserve keys` shows it.",
-    "torchserve": "TorchServe makes new keys at every start and takes none from outside: `docker exec CONTAINER python -m "
-    "traceserve keys` shows them. For own keys, or several containers behind one address, deploy kubernetes, or a proxy that "
-    "checks them.",
-}
 
 
 def image_name(archives: Sequence[Described], wishes: Wishes) -> str:
@@ -55,8 +47,9 @@ def canaries(archives: Sequence[Described]) -> Dict[str, object]:
     return {f"/predictions/{each.name}": each.canary for each in archives}
 
 
-def common_files(archives: Sequence[Described], engine: str, about: str, end: str) -> Tuple[File, ...]:
-    """What every image is made of; `end` are the last lines of its Dockerfile."""
+def common_files(archives: Sequence[Described], installed: Sequence[str], about: str, end: str) -> Tuple[File, ...]:
+    """What every image is made of; `installed` are packages beside the archives' own, `end` the last lines of its
+    Dockerfile."""
     dockerfile = templates.fill(
         "docker/Dockerfile",
         about=about,
@@ -65,7 +58,7 @@ def common_files(archives: Sequence[Described], engine: str, about: str, end: st
         environment="".join(f" \\\n    {key}={value}" for key, value in libraries.DEFAULTS.items()),
         end=end.rstrip("\n"),
     )
-    lines = packages.requirements(archives, packages.ENGINE_PACKAGES[engine])
+    lines = packages.requirements(archives, installed)
     return (
         Text("Dockerfile", dockerfile),
         Text(".dockerignore", templates.read_template("docker/dockerignore")),
@@ -75,9 +68,9 @@ def common_files(archives: Sequence[Described], engine: str, about: str, end: st
 
 
 def image_files(
-    archives: Sequence[Described], wishes: Wishes, with_archives: bool = True, needs: Optional[str] = None
+    archives: Sequence[Described], wishes: Wishes, with_archives: bool = True, installed: Sequence[str] = ()
 ) -> Tuple[File, ...]:
-    """The folder that `docker build` is given; `needs` names what it installs, where that is not the engine's."""
+    """The folder that `docker build` is given; `installed` are its packages, where these are not the engine's."""
     engine = engines.CONTAINER_ENGINES[wishes.engine]
     shared = engine.single and not with_archives  # by containers that each get one archive
     command = engines.command(wishes.engine, archives[:1] if shared else archives, "/archives")
@@ -92,7 +85,10 @@ def image_files(
     )
     return (
         *common_files(
-            archives, needs or wishes.engine, f"Serves {names} with {engine.title}; made by `traceserve deploy`.", end
+            archives,
+            installed or engine.packages,
+            f"Serves {names} with {engine.title}; made by `traceserve deploy`.",
+            end,
         ),
         Text("canaries.json", json.dumps(canaries(archives), ensure_ascii=False, indent=2) + "\n"),
         *(Copy(f"archives/{each.name}.mar", each.file) for each in archives if with_archives),
@@ -105,7 +101,8 @@ def plan(archives: Sequence[Described], wishes: Wishes) -> Plan:
     image = image_name(archives, wishes)
     needed = resources.needed(archives, wishes.engine)
     devices = _devices(archives[0].manifest.hardware, needed)
-    key = f"--env {KEY_VARIABLE} " if engines.CONTAINER_ENGINES[wishes.engine].takes_key else ""
+    engine = engines.CONTAINER_ENGINES[wishes.engine]
+    key = f"--env {KEY_VARIABLE} " if engine.takes_key else ""
     limits = f"--memory {needed.memory * 3 // 2 + needed.disk}m --read-only --tmpfs /tmp:exec,size={needed.disk}m"
     return Plan(
         image_files(archives, wishes),
@@ -113,7 +110,7 @@ def plan(archives: Sequence[Described], wishes: Wishes) -> Plan:
             f"docker build --tag {image} .",
             f"docker run --rm --init {devices}{limits} {key}--publish 8080:{engines.PORT} {image}",
         ),
-        (_NOTES[wishes.engine],),
+        (engine.note,),
     )
 
 

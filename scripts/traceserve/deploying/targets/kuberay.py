@@ -74,7 +74,7 @@ def plan(archives: Sequence[Described], wishes: Wishes) -> Plan:
         "kubectl apply --filename service.yaml",
         f"kubectl port-forward service/{name}-serve-svc 8000",
     ]
-    files = docker.image_files(archives, wishes, with_archives=not wishes.url, needs="kuberay")
+    files = docker.image_files(archives, wishes, with_archives=not wishes.url, installed=_PACKAGES)
     return Plan(
         (Text("service.yaml", text), *prefixed("image", files)),
         tuple(commands),
@@ -92,6 +92,8 @@ def _start_options(needed: resources.Resources) -> Dict[str, str]:
     return {"resources": f"'{json.dumps({NEURON_CORES: cores})}'"} if cores else {}
 
 
+# KubeRay speaks to Ray's dashboard and its agents, which `serve` alone does not bring.
+_PACKAGES = ("ray[default,serve]", "multipart")
 _HEAD = {"requests": {"cpu": "1", "memory": "2Gi"}, "limits": {"memory": "4Gi"}}
 _SECURITY: Dict[str, object] = {
     "securityContext": {

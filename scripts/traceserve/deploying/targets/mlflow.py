@@ -72,7 +72,7 @@ def _save(archive: Described, target: Path) -> None:
         unpack(archive.file, folder / ARTIFACT)
         code = folder / "model.py"
         code.write_text(templates.read_template("mlflow/model.py"), encoding="utf-8")
-        requirements = packages.requirements([archive], packages.ENGINE_PACKAGES["mlflow"])
+        requirements = packages.requirements([archive], ("mlflow",))
         warnings.simplefilter("ignore", UserWarning)  # that there are no type hints and no example
         mlflow.pyfunc.save_model(
             str(target),

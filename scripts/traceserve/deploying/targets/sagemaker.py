@@ -31,7 +31,9 @@ def plan(archives: Sequence[Described], wishes: Wishes) -> Plan:
     return Plan(
         (
             Made("model.tar.gz", lambda target: pack_model(archive.file, target)),
-            *prefixed("image", docker.common_files(archives, wishes.engine, about, end)),
+            *prefixed(
+                "image", docker.common_files(archives, engines.CONTAINER_ENGINES[wishes.engine].packages, about, end)
+            ),
         ),
         (
             f"{docker.build_and_push(image)}  # to Amazon ECR",
