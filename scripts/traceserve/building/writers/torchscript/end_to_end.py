@@ -50,17 +50,17 @@ def unpad_rows(rows: torch.Tensor, padded: bool, tokens: torch.Tensor) -> torch.
     return flat.unsqueeze(0)
 
 
-def spread(packed: torch.Tensor, padded: bool, positions: torch.Tensor, batch: int, length: int) -> torch.Tensor:
+def spread(unpadded: torch.Tensor, padded: bool, positions: torch.Tensor, batch: int, length: int) -> torch.Tensor:
     """(1, tokens, features) to (batch, length, features)."""
-    flat = packed.flatten(0, 1)
+    flat = unpadded.flatten(0, 1)
     if padded:
         flat = flat.index_select(0, positions)
     return flat.view(batch, length, -1)
 
 
-def first_tokens(packed: torch.Tensor, firsts: torch.Tensor) -> torch.Tensor:
+def first_tokens(unpadded: torch.Tensor, firsts: torch.Tensor) -> torch.Tensor:
     """(1, tokens, features) to (batch, 1, features), of each row's first position."""
-    return packed.flatten(0, 1).index_select(0, firsts).unsqueeze(1)
+    return unpadded.flatten(0, 1).index_select(0, firsts).unsqueeze(1)
 
 
 def fill_rows(rows: torch.Tensor) -> torch.Tensor:

@@ -48,15 +48,15 @@ class Operators:
         """Return which inputs of a node are rows."""
         return [i for i in tensor_inputs(node) if self.dims(node.inputsAt(i)).rows]
 
-    def packs(self, node: Node, packed: Dict[str, Value]) -> bool:
-        """Return whether a node can read its rows unpadded, and they are already in `packed`, or should be for it."""
+    def can_unpad(self, node: Node, unpadded: Dict[str, Value]) -> bool:
+        """Return whether a node can read its rows unpadded, and they are already in `unpadded`, or should be for it."""
         rows = self.rows(node)
         return (
             bool(rows)
             and _by_token(node)
             and self.dims(node.output()).rows
             and all(i in rows or self.dims(node.inputsAt(i)).fixed for i in tensor_inputs(node))
-            and (node.kind() in FIRST_UNPADDED or any(node.inputsAt(i).debugName() in packed for i in rows))
+            and (node.kind() in FIRST_UNPADDED or any(node.inputsAt(i).debugName() in unpadded for i in rows))
             # Nodes that remove padding from rows need it.
             and not any(self._is_mask(node.inputsAt(i)) for i in rows)
         )

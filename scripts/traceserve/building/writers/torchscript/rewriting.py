@@ -37,7 +37,7 @@ class Rewriting:
         self.mask = mask
         self.step = filled
         self.operators = Operators(dims, mask)
-        self.packed: Dict[str, Value] = {}  # by the original value's name
+        self.unpadded: Dict[str, Value] = {}  # by the original value's name
         self.firsts: Dict[str, Value] = {}
         self.filled: Dict[str, Value] = {}  # by the name of a value with a row per text: the same with more rows
         self.layout: end_to_end.Layout
@@ -72,14 +72,14 @@ class Rewriting:
             self.firsts[node.output().debugName()] = self._of_firsts(node)
         elif of.reads_first(node) and node.inputsAt(0).debugName() in of.wanted_first:
             node.replaceInput(0, self._first(node.inputsAt(0), node))
-        elif of.packs(node, self.packed):
-            packed = self._clone(node, {i: self._pack(node.inputsAt(i), node) for i in of.rows(node)})
+        elif of.can_unpad(node, self.unpadded):
+            unpadded = self._clone(node, {i: self._unpad(node.inputsAt(i), node) for i in of.rows(node)})
             layout = self.layout
             [rows] = self._call(
-                end_to_end.spread, [packed, layout.padded, layout.positions, layout.batch, layout.length], node
+                end_to_end.spread, [unpadded, layout.padded, layout.positions, layout.batch, layout.length], node
             )
             self.dims[rows.debugName()] = of.dims(node.output())
-            self.packed[rows.debugName()] = packed
+            self.unpadded[rows.debugName()] = unpadded
             replace_value(node, rows)
         elif of.is_of_texts(node):
             row = self._of_texts(node, {})
@@ -113,22 +113,22 @@ class Rewriting:
             if number in dims.batch or number in dims.length:
                 replace_value(node, self.layout.batch if number in dims.batch else self.layout.length)
 
-    def _pack(self, rows: Value, before: Node) -> Value:
+    def _unpad(self, rows: Value, before: Node) -> Value:
         name = rows.debugName()
-        if name not in self.packed:
-            [self.packed[name]] = self._call(
+        if name not in self.unpadded:
+            [self.unpadded[name]] = self._call(
                 end_to_end.unpad_rows, [rows, self.layout.padded, self.layout.tokens], before
             )
-        return self.packed[name]
+        return self.unpadded[name]
 
     # Values of which only the rows' first positions are read
 
     def _first(self, value: Value, before: Node) -> Value:
         name = value.debugName()
         if name not in self.firsts:
-            if name in self.packed:
+            if name in self.unpadded:
                 [self.firsts[name]] = self._call(
-                    end_to_end.first_tokens, [self.packed[name], self.layout.firsts], before
+                    end_to_end.first_tokens, [self.unpadded[name], self.layout.firsts], before
                 )
             else:
                 self.firsts[name] = self._first_along(value, self.operators.dims(value).positions, before)
