@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import http.client
 import json
 import urllib.error
 import urllib.parse
@@ -134,5 +135,5 @@ def check_answer(asked: BenchTarget) -> None:
         with error:
             words = error.read(500).decode("utf-8", "replace").strip()
         raise ServerError(f"{asked.label} answers {error.code} to the first sample: {words or error.reason}") from None
-    except OSError as error:
+    except (OSError, http.client.HTTPException) as error:
         raise ServerError(f"{asked.label} cannot be reached: {getattr(error, 'reason', error)}") from None

@@ -21,6 +21,7 @@ from typing import Dict, List, Mapping, Optional
 
 import psutil
 from traceserve_hosts import KEY_FILE_VARIABLE, KEY_VARIABLE, libraries, ray_config
+from traceserve_hosts.addresses import is_only_local
 from traceserve_runtime import mirror, processor
 from traceserve_runtime.runtimes.torchscript.neuron import CHIPS
 
@@ -103,6 +104,13 @@ def _check(plan: ServerPlan) -> None:
         raise ServerError(
             "--engine ray needs Ray Serve; install it on Linux or macOS, with Python 3.10 or newer, by: pip install "
             "'traceserve[ray]'"
+        )
+    metrics = plan.front.metrics_port
+    if metrics and not is_only_local(plan.host):
+        raise ServerError(
+            f"--metrics-port {metrics} with --engine ray is on the loopback address alone, where Ray serves its metrics, not on "
+            f"--host {plan.host}: leave it out, and let a program on this machine, such as a proxy, read the metrics' URL that "
+            "`traceserve serve` prints"
         )
     most, gpus = plan.scaling.most, plan.scaling.gpus
     for name, archive in plan.archives.items():

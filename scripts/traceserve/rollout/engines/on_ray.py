@@ -23,7 +23,7 @@ from traceserve.machine.private_files import write_private
 from traceserve.serving import client, ray_applications, ray_cluster, server
 from traceserve.serving.instances import Instance
 from traceserve.serving.management import Registered
-from traceserve.serving.metrics import metrics_of
+from traceserve.serving.metrics import naming_counts
 from traceserve.serving.plan import Archive
 
 _FILE = "versions.json"  # below run/: `_KnownVersions`, by name
@@ -60,7 +60,8 @@ def check_update(archive: Archive, running: Registered, timeout: float) -> None:
 def begin_update(instance: Instance, name: str) -> None:
     """Note how many requests have named each version until now, and end what an update that was killed has left: there is
     no room for it beside another one."""
-    known, counted, running = _known(instance, name), _naming(instance, name), running_version(instance, name).version
+    known, counted = _known(instance, name), naming_counts(instance, name, _NAMING)
+    running = running_version(instance, name).version
     staying = {version: 0 for version in known.staying if version != running}
     left = [own for version, own in known.applications.items() if version not in staying]
     if left:
@@ -276,19 +277,8 @@ def _remember(instance: Instance, name: str, known: _KnownVersions) -> None:
 
 
 def _named(instance: Instance, name: str, version: str, known: _KnownVersions) -> int:
-    """Return how many requests have named a version in their path since the update began."""
+    """Return how many requests have named a version in their path since the update began; raises ServerError if unknown."""
     if version not in known.named_before:
         return 0
     time.sleep(_COUNTED)
-    return max(0, _naming(instance, name).get(version, 0) - known.named_before[version])
-
-
-def _naming(instance: Instance, name: str) -> Dict[str, int]:
-    """Return how many requests have named each version, as far as the running replicas have counted."""
-    counted: Dict[str, int] = {}
-    with contextlib.suppress(OSError):
-        for metric, labels, value in metrics_of(instance.metrics_url, name):
-            if metric == _NAMING:
-                version = labels["model_version"]
-                counted[version] = counted.get(version, 0) + int(value)
-    return counted
+    return max(0, naming_counts(instance, name, _NAMING).get(version, 0) - known.named_before[version])
