@@ -53,12 +53,14 @@ def _diff(options: argparse.Namespace) -> int:
     samples = OwnSamples.read(options.samples) if options.samples else None
     with ProgressBar() as bar:
         found = compare_archives(options.one, options.other, samples, options.threads, bar)
-    if options.json:
-        print(printable_json(found.document(), indent=2))
-    else:
-        _print_comparison(found)
-    if options.html:
-        staging.write_whole(options.html, comparison_page(found))
+    try:  # the page first: whoever reads what is printed may stop reading
+        if options.html:
+            staging.write_whole(options.html, comparison_page(found))
+    finally:
+        if options.json:
+            print(printable_json(found.document(), indent=2))
+        else:
+            _print_comparison(found)
     return int(not found.equal)
 
 
