@@ -243,6 +243,7 @@ def test_what_is_wrong_is_told_at_once(samples_file: Path, tmp_path: Path, monke
             "--body is for URLs, not for quick; for a name, put request bodies into a .jsonl",
         ),
         (["quick", "--compare", "slow", "--body", "{x"], "--body is for URLs, not for quick and slow"),
+        (["http://x/", "--port", "8080"], "--port is for names; a URL has its own"),
         (["quick", "--header", "a: b"], "--header is for URLs, not for quick; the key of a named server is known"),
         (["http://x/", "--compare-body", "{x"], "--compare-body is for the other server; name it with --compare"),
         (["http://x/", "--compare", "slow", "--compare-body", "{x"], "--compare-body is for URLs, not for slow"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import re
 import socket
 import threading
 import time
@@ -129,7 +130,10 @@ def test_a_version_that_answers_otherwise_than_its_build_is_refused(
     assert said == []
     with updating(serve(first="1.0", second="2.0"), archives / "2.0" / "tiny.mar", said) as update:
         assert update._verify().passed
-    assert said[0].startswith("verified 2.0: ")
+    assert said[0].startswith("verified 2.0: ") and len(said) == 1  # all of the golden set
+    with updating(serve(first="1.0", second="2.0"), archives / "2.0" / "tiny.mar", said, timeout=1e-9) as update:
+        assert update._verify().passed
+    assert re.fullmatch(r"note on 2.0: the last \d+ samples were not asked: --timeout was over", said[-1])
 
 
 def shadowed(instance: Instance, archives: Path, new: str, ask: Callable[[Path], None], seconds: float) -> Shadowed:

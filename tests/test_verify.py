@@ -6,6 +6,7 @@ import contextlib
 import json
 import shutil
 import threading
+import time
 import zipfile
 from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -24,7 +25,7 @@ from traceserve.building.gate.drift import score_difference
 from traceserve.building.gate.golden import GOLDEN_FILE, GoldenSample, read_golden
 from traceserve.checking import verifying
 from traceserve.checking.dialects import DIALECTS, NATIVE, SpokenAt
-from traceserve.checking.proof import proof_of
+from traceserve.checking.proof import Proof, proof_of
 from traceserve.checking.verifying import Door, Verification, VerifiedSample, verify_server
 from traceserve.errors import ArchiveError, ServerError
 from traceserve_hosts.asgi import Application, Limits
@@ -186,7 +187,7 @@ def test_the_command(url: str, mar: Path, tmp_path: Path, capsys: pytest.Capture
     assert cli.main(["verify", url, "--archive", str(archive)]) == 0
     said = capsys.readouterr().out
     assert "verified: it answers as the original does" in said and "the build, in its process: 12.5 ms" in said
-    assert cli.main(["verify", url, "--archive", str(archive), "--seconds", "0"]) == 0
+    assert cli.main(["verify", url, "--archive", str(archive), "--seconds", "1e-9"]) == 0
     assert "samples were not asked: --seconds was over" in capsys.readouterr().out
 
 
@@ -271,6 +272,45 @@ def test_what_cannot_be_asked_is_2(url: str, mar: Path, tmp_path: Path, capsys: 
     (tmp_path / "key").write_text("two words")
     assert cli.main(["verify", url, "--archive", str(mar), "--key-file", str(tmp_path / "key")]) == 2
     assert "should hold one key" in capsys.readouterr().err.replace("\n", " ")
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["tiny", "--key", "a"], "--key is for URLs, not for tiny"),
+        (["tiny", "--key-file", "a"], "--key-file is for URLs, not for tiny"),
+        (["tiny.mar", "--certificate", "a"], "--certificate is for URLs, not for tiny.mar"),
+        (["http://127.0.0.1:9", "--archive", "a.mar", "--port", "80"], "--port is for a name; a URL has its own"),
+    ],
+)
+def test_options_without_an_effect_are_refused(
+    options: List[str], words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["verify", *options]) == 2
+    assert words in " ".join(capsys.readouterr().err.split())
+
+
+@pytest.mark.parametrize("seconds", ["0", "-1", "nan", "inf", "soon"])
+def test_a_time_in_which_nothing_is_asked_is_refused(seconds: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """One sample alone would be "verified"."""
+    with pytest.raises(SystemExit):
+        cli.main(["verify", "tiny", f"--seconds={seconds}"])
+    assert "argument --seconds: should be " in capsys.readouterr().err
+
+
+def test_the_time_to_ask_begins_with_the_first_sample(
+    url: str, unpacked: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A large archive takes long to unpack, and one sample would be judged alone."""
+
+    @contextlib.contextmanager
+    def slow(path: Path) -> Iterator[Proof]:
+        time.sleep(0.6)
+        with proof_of(path) as proof:
+            yield proof
+
+    monkeypatch.setattr(verifying, "proof_of", slow)
+    assert len(verifying.verify_server(Door("x", url), unpacked, 0.5).samples) > 1
 
 
 def test_an_archive_of_another_task_is_no_golden_set_of_a_server(

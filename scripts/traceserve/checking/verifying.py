@@ -125,17 +125,20 @@ class Verification:
         }
 
 
-def verify_server(door: Door, archive: Path, seconds: float = SECONDS) -> Verification:
-    """Replay the golden set of `archive`; raises ServerError if the server could not be asked, ArchiveError without a set."""
-    deadline = time.monotonic() + seconds
+def verify_server(door: Door, archive: Path, seconds: float = SECONDS, option: str = "--seconds") -> Verification:
+    """Replay the golden set of `archive`; raises ServerError if the server could not be asked, ArchiveError without a set.
+
+    After `seconds`, which `option` gives, no more samples are asked; a note says so.
+    """
     with proof_of(archive) as proof:
         endpoint = _endpoint(door, proof)
         problems, notes = _identity(door, endpoint, proof)
         samples: List[VerifiedSample] = []
+        deadline = time.monotonic() + seconds
         for number, sample in enumerate(proof.golden.samples, 1):
             if samples and time.monotonic() > deadline:
                 notes.append(
-                    f"the last {len(proof.golden.samples) - len(samples)} samples were not asked: --seconds was over"
+                    f"the last {len(proof.golden.samples) - len(samples)} samples were not asked: {option} was over"
                 )
                 break
             samples.append(_verified(door, endpoint, proof.task, number, sample))

@@ -118,6 +118,22 @@ def number_in(text: str) -> float:
         return math.nan
 
 
+def duration(text: str) -> float:
+    """Parse seconds, 0 or more."""
+    number = number_in(text)
+    if not 0 <= number < float("inf"):
+        raise argparse.ArgumentTypeError("should be 0 or more")
+    return number
+
+
+def quantity(text: str) -> float:
+    """Parse a number above 0."""
+    number = duration(text)
+    if not number:
+        raise argparse.ArgumentTypeError("should be more than 0")
+    return number
+
+
 def port(text: str) -> int:
     """Parse a TCP port."""
     number = int(text)

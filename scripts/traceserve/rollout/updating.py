@@ -189,12 +189,14 @@ class _Update:
     def _verify(self) -> Verification:
         """Ask the new version its sample and its golden set at its own address; raises ServerError."""
         self._ask_canary(f"{self._name}/{self._version}")
-        found = verify_server(self._new(), self._archive.file)
+        found = verify_server(self._new(), self._archive.file, self._options.timeout, "--timeout")
         if not found.passed:
             raise UpdateRefused(f"{self._name} {self._version} is not what was built: {'; '.join(found.problems)}")
         self._report(
             f"verified {self._version}: {len(found.samples)} samples answered as by the original, p50 {found.p50:.1f} ms"
         )
+        for note in found.notes:
+            self._report(f"note on {self._version}: {note}")
         return found
 
     def _ask_canary(self, path: str) -> None:
