@@ -8,6 +8,7 @@ import json
 import os
 import platform
 import re
+import shutil
 import socket
 import subprocess
 import sys
@@ -273,10 +274,25 @@ def test_why_a_worker_could_not_load_is_read_in_the_log(
 ) -> None:
     (tmp_path / "logs").mkdir()
     (tmp_path / "logs" / "server.log").write_text(log)
-    assert load_failure(tmp_path / "logs" / "server.log", start) == reason
+    found = load_failure(tmp_path / "logs" / "server.log", start)
+    assert (found and found.reason) == reason
     assert load_failure(tmp_path / "none.log") is None
     last = (RAISED if RAISED in log else log).strip().splitlines()[-1:]
     assert last_words(tmp_path) == (f": {last[0]}" if log else " without a message in its log")
+
+
+def test_the_archive_whose_worker_cannot_load_is_named(processes: Any) -> None:
+    """Not the one that is asked meanwhile; and one that is started beside it does not fail with it."""
+    instance = dataclasses.replace(remembered(processes, configuration.free_ports(1)[0]), names=("intents", "tiny"))
+    instance.log.write_text("2026 INFO Failed to load model tiny, exception no model\n")
+    with pytest.raises(ServerError, match="^the worker of tiny cannot load the archive: no model$"):
+        server._wait_for_answer(instance, "intents", {}, 5.0)
+    assert load_failure(instance.log, name="intents") is None
+    found = load_failure(instance.log, name="tiny")
+    assert found is not None and found.reason == "no model"
+    instance.log.write_text(DIED + RAISED)  # which do not tell whose
+    with pytest.raises(ServerError, match="^the worker of intents or tiny cannot load the archive: onnxruntime"):
+        server._wait_for_answer(instance, "intents", {}, 5.0)
 
 
 def test_a_server_of_another_machine_is_not_judged(processes: Any) -> None:
@@ -348,6 +364,14 @@ def test_the_keys_of_a_dead_server_are_forgotten_once_it_was_shown(processes: An
     assert "chosen" not in state.read_text() and "another" not in state.read_text()
     [dead] = instances.died()
     assert (dead.seen, dead.port, dead.engine) == (True, 18000, RAY)
+
+
+def test_two_commands_may_tidy_a_dead_server_at_once(processes: Any) -> None:
+    instance = remembered(processes)
+    kill(instance)
+    shutil.rmtree(instance.folder)
+    instances._keep_only(instance)
+    assert not Path(instance.folder).exists()
 
 
 @pytest.mark.parametrize("options", [["--port", "18000"], ["--all"]])

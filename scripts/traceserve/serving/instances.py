@@ -153,7 +153,12 @@ def as_remembered(instance: Instance) -> Instance:
     for each in running():
         if each.folder == instance.folder:
             return each
-    raise ServerError(f"the server on port {instance.port} has ended; `traceserve status` says why")
+    raise has_ended(instance)
+
+
+def has_ended(instance: Instance) -> ServerError:
+    """Return the error of a command whose server has ended."""
+    return ServerError(f"the server on port {instance.port} has ended; `traceserve status` says why")
 
 
 def mark_seen(instance: Instance) -> None:
@@ -317,9 +322,10 @@ def _remove(instance: Instance) -> None:
 
 def _keep_only(instance: Instance) -> None:
     """Keep only a dead server's readable files: its archives and temporary files are large, and its keys are secret."""
-    for path in Path(instance.folder).iterdir():
-        if path.is_dir() and path.name not in _READABLE:
-            shutil.rmtree(path, ignore_errors=True)
+    with contextlib.suppress(FileNotFoundError):  # another command may remove it meanwhile
+        for path in Path(instance.folder).iterdir():
+            if path.is_dir() and path.name not in _READABLE:
+                shutil.rmtree(path, ignore_errors=True)
     for name in _SECRET:
         Path(instance.folder, name).unlink(missing_ok=True)
 

@@ -269,7 +269,7 @@ def _with_keys(instance: Instance, timeout: float) -> Instance:
     """Wait for the keys that TorchServe writes into its working directory once it listens."""
     deadline = time.monotonic() + timeout
     while time.monotonic() < deadline:
-        _check_alive(instance, None)
+        _check_alive(instance)
         with contextlib.suppress(FileNotFoundError, ValueError, KeyError):
             found = keys.torchserve_keys(Path(instance.folder))
             return dataclasses.replace(instance, key=found["inference"], management_key=found["management"])
@@ -309,7 +309,7 @@ def _wait_for_answer(
         ends = min(deadline, time.monotonic() + patience)
         while not outcome and time.monotonic() < ends:
             thread.join(0.05)
-            _check_alive(instance, name)
+            _check_alive(instance)
         if outcome and outcome[0] is None:
             return
         if outcome and not isinstance(outcome[0], client.NotYet):
@@ -326,10 +326,12 @@ def _last_warning(log: Path) -> str:
     return f"; its log's last warning: {found[-1].rstrip()}" if found else ""
 
 
-def _check_alive(instance: Instance, name: Optional[str]) -> None:
-    """Raise the worker's own error if it could not load, or TorchServe's if it ended."""
-    reason = load_failure(instance.log)
-    if reason:
-        raise ServerError(f"the worker of {name or instance.names[0]} cannot load the archive: {reason}")
+def _check_alive(instance: Instance) -> None:
+    """Raise a worker's own error if it could not load, or the server's if it ended."""
+    failed = load_failure(instance.log)
+    if failed:
+        raise ServerError(
+            f"the worker of {failed.name or ' or '.join(instance.names)} cannot load the archive: {failed.reason}"
+        )
     if instance.process is None:
-        raise ServerError(f"TorchServe ended{last_words(Path(instance.folder))}")
+        raise ServerError(f"the server ended{last_words(Path(instance.folder))}")

@@ -58,9 +58,9 @@ def start_beside(instance: Instance, archive: Archive, folder: str, timeout: flo
     start_of_log = log.stat().st_size if log.is_file() else 0
     management.register_version(instance, archive.name, folder, archive.workers)
     while management.registered(instance, archive.name)[version].ready < archive.workers:
-        reason = load_failure(log, start_of_log)
-        if reason:
-            raise ServerError(f"the worker of {archive.name} {version} cannot load the archive: {reason}")
+        failed = load_failure(log, start_of_log, archive.name)  # another archive's worker may fail meanwhile
+        if failed:
+            raise ServerError(f"the worker of {archive.name} {version} cannot load the archive: {failed.reason}")
         if time.monotonic() - started > timeout:
             raise ServerError(f"the workers of {archive.name} {version} were not ready within {timeout:.0f} s")
         time.sleep(_POLL)
