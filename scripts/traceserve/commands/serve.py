@@ -181,7 +181,7 @@ def _stop(options: argparse.Namespace) -> int:
 
     if options.all and options.port is not None:
         raise TraceserveError("stop: give --port or --all, not both")
-    dead = [instance for instance in instances.died() if options.all or instance.port == options.port]
+    dead = [instance for instance in instances.tidy_dead() if options.all or instance.port == options.port]
     running = instances.running()
     if options.all:
         chosen = running

@@ -24,10 +24,10 @@ def load_failure(log: Path, start: int = 0, name: Optional[str] = None) -> Optio
     text = (content[start:] if len(content) >= start else content).decode(
         "utf-8", "replace"
     )  # it may have been rotated
-    for match in re.finditer(r"(?:Failed to load model (\S+)|Load model (\S+) cpu OOM), exception (.+)", text):
-        failed = match[1] or match[2]
+    for named in re.finditer(r"(?:Failed to load model (\S+)|Load model (\S+) cpu OOM), exception (.+)", text):
+        failed = named[1] or named[2]
         if name in (None, failed):
-            return LoadFailure(failed, match[3].strip())
+            return LoadFailure(failed, named[3].strip())
     died = [match.end() for match in re.finditer("Backend worker process died", text)]
     if died:
         errors = re.findall(
