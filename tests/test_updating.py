@@ -15,12 +15,14 @@ from typing import Any, AsyncIterator, Callable, Dict, Iterator, List
 import pytest
 from conftest import run_export, served_over_http
 from test_instances import processes, remembered, state  # noqa: F401  (fixtures)
+from traceserve import cli
 from traceserve.building.gate.golden import GoldenSample
 from traceserve.building.samples import OwnSamples
 from traceserve.checking.proof import proof_of
 from traceserve.errors import ConfigError, ServerError
 from traceserve.rollout import draining
 from traceserve.rollout.conditions import check_archive
+from traceserve.rollout.engines.contract import ServedVersion
 from traceserve.rollout.replaying import requests_of
 from traceserve.rollout.shadowing import Shadowed, ShadowOptions, shadow
 from traceserve.rollout.updating import UpdateOptions, UpdateRefused, _Update
@@ -36,7 +38,7 @@ from traceserve_runtime.engine import Engine
 from traceserve_runtime.mirror import Mirror
 from traceserve_runtime.service import Service
 
-RUNNING = Registered("1.0", "tiny", 1, 1, 0, 120, False)
+RUNNING = ServedVersion("1.0", "tiny", 1)
 
 
 async def failing(scope: Scope, receive: Any, send: Any) -> None:
@@ -263,3 +265,10 @@ def test_how_long_a_batch_may_still_run(
         assert draining._quiet(instance, "tiny", described) == seconds
     unknown = 120.0 if workers > 1 and timeout == 120 else seconds
     assert draining._quiet(instance, "tiny", described) == unknown  # nobody tells how long one took
+
+
+@pytest.mark.parametrize("share", ["soon", "0", "1.5", "nan"])
+def test_a_share_is_above_0_and_at_most_1(share: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        cli.main(["update", "tiny.mar", "--shadow", share])
+    assert "argument --shadow: should be above 0, and at most 1 for all" in capsys.readouterr().err

@@ -15,7 +15,7 @@ from traceserve.checking.comparing import AnswerChange, same_meaning
 from traceserve.checking.dialects import NATIVE, SpokenAt
 from traceserve.checking.proof import Proof
 from traceserve.checking.verifying import Door
-from traceserve.errors import ConfigError
+from traceserve.errors import ConfigError, shortened
 from traceserve.serving import client
 
 
@@ -74,5 +74,5 @@ def asked(door: Door, task: Task, request: GoldenSample) -> Tuple[Any, bool]:
     """Return the answer, and whether it is a refusal."""
     status, answer = door.ask(door.url, NATIVE.write(request, task))
     if status != 200:
-        return f"{status}: {client.error_words(answer)[:200]}", True
+        return f"{status}: {shortened(client.error_words(answer), 200)}", True
     return SpokenAt(NATIVE, door.url).answer(answer, request, task), False

@@ -25,11 +25,11 @@ from traceserve.checking.verifying import Door, Verification, verify_server
 from traceserve.errors import ArchiveError, ServerError
 from traceserve.rollout.conditions import check_archive
 from traceserve.rollout.engines import ROLLOUT_ENGINES
+from traceserve.rollout.engines.contract import ServedVersion
 from traceserve.rollout.replaying import Replay, replay, requests_of
 from traceserve.rollout.shadowing import Shadowed, ShadowOptions, shadow
 from traceserve.serving import client, instances, server
 from traceserve.serving.instances import Instance
-from traceserve.serving.management import Registered
 from traceserve.serving.plan import Archive, planned
 from traceserve.serving.update_lock import alone
 
@@ -92,11 +92,11 @@ def update_server(
         workers = options.workers or archive.serving.workers or running.workers
         archive = planned([file], None, workers, False)[archive.name]
         check_archive(archive, instance, running)
-        engine.check_update(archive, running, options.timeout)
+        engine.check_update(instance, archive, running, options.timeout)
         return _Update(archive, instance, running, proof, options, report).run()
 
 
-def _corrected(instance: Instance, name: str, running: Registered) -> Instance:
+def _corrected(instance: Instance, name: str, running: ServedVersion) -> Instance:
     """Remember the version that runs, if an update was killed after the switch."""
     if instance.unpacked(name).name == running.folder:
         return instance
@@ -119,7 +119,7 @@ class _Update:
         self,
         archive: Archive,
         instance: Instance,
-        running: Registered,
+        running: ServedVersion,
         proof: Proof,
         options: UpdateOptions,
         report: Report,

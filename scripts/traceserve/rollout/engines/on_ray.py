@@ -20,9 +20,9 @@ from traceserve_runtime.json_types import JsonObject
 
 from traceserve.errors import ServerError
 from traceserve.machine.private_files import write_private
+from traceserve.rollout.engines.contract import ServedVersion
 from traceserve.serving import client, ray_applications, ray_cluster, server
 from traceserve.serving.instances import Instance
-from traceserve.serving.management import Registered
 from traceserve.serving.metrics import naming_counts
 from traceserve.serving.plan import Archive
 
@@ -53,7 +53,7 @@ def check_running_server(instance: Instance) -> None:
     """Refuse none: Ray is changed by its token, which the server's user alone has."""
 
 
-def check_update(archive: Archive, running: Registered, timeout: float) -> None:
+def check_update(instance: Instance, archive: Archive, running: ServedVersion, timeout: float) -> None:
     """Refuse none: the running archive is for the same hardware."""
 
 
@@ -72,12 +72,12 @@ def begin_update(instance: Instance, name: str) -> None:
     _remember(instance, name, _KnownVersions(known.versions, before, staying, applications))
 
 
-def versions_of(instance: Instance, name: str) -> Dict[str, Registered]:
+def versions_of(instance: Instance, name: str) -> Dict[str, ServedVersion]:
     """Return the versions of an archive that run, or may run; raises ServerError."""
-    return {version: _registered(archive) for version, archive in _known(instance, name).versions.items()}
+    return {version: _served(archive) for version, archive in _known(instance, name).versions.items()}
 
 
-def running_version(instance: Instance, name: str) -> Registered:
+def running_version(instance: Instance, name: str) -> ServedVersion:
     """Return the version that answers where a request names none; raises ServerError.
 
     The server is asked: an update may have been killed while Ray went on.
@@ -88,7 +88,7 @@ def running_version(instance: Instance, name: str) -> Registered:
     said = [version for version in told.get("versions", []) if version in versions] if isinstance(told, dict) else []
     if status != 200 or not said:
         raise ServerError(f"{name} does not say its version ({status}: {client.error_words(told)})")
-    return _registered(versions[said[0]])
+    return _served(versions[said[0]])
 
 
 def start_beside(instance: Instance, archive: Archive, folder: str, timeout: float) -> int:
@@ -235,9 +235,8 @@ def _without(version: str, of_versions: Mapping[str, _Value]) -> Dict[str, _Valu
     return {other: value for other, value in of_versions.items() if other != version}
 
 
-def _registered(archive: _Archive) -> Registered:
-    workers = archive["replicas"]["least"]
-    return Registered(archive["version"], Path(archive["archive"]).name, workers, workers, 0, 0, False)
+def _served(archive: _Archive) -> ServedVersion:
+    return ServedVersion(archive["version"], Path(archive["archive"]).name, archive["replicas"]["least"])
 
 
 def _scales(archive: _Archive) -> bool:
