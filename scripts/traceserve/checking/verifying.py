@@ -68,6 +68,10 @@ class VerifiedSample:
     milliseconds: float
     original: Any = None  # if another text than the expected one
 
+    def is_over(self, limit: float) -> bool:
+        """Return whether its scores differ by more than the limit, or by what is no number."""
+        return self.difference is not None and not self.difference <= limit
+
 
 @dataclass(frozen=True)
 class Verification:
@@ -91,7 +95,7 @@ class Verification:
     @property
     def different(self) -> List[VerifiedSample]:
         """The samples that were answered otherwise, or with a score over the limit."""
-        return [each for each in self.samples if not each.same or (each.difference or 0.0) > self.limit]
+        return [each for each in self.samples if not each.same or each.is_over(self.limit)]
 
     @property
     def largest_difference(self) -> float:
@@ -255,7 +259,7 @@ def _differences(samples: List[VerifiedSample], proof: Proof, limit: float) -> L
         problems.append(
             f"{len(changed)} of {len(samples)} answers differ from the original's ({proof.manifest.dtype}){unknown}"
         )
-    over = [each for each in samples if each.difference is not None and not each.difference <= limit]
+    over = [each for each in samples if each.is_over(limit)]
     if over:
         largest = max(each.difference or 0.0 for each in over)
         problems.append(f"the scores of {len(over)} answers are off by up to {largest:.1e} (limit {limit:.1e})")

@@ -36,6 +36,12 @@ def add_signature(parser: argparse.ArgumentParser, text: str = "") -> None:
     )
 
 
+def add_samples(parser: argparse.ArgumentParser, what: str, more: str = "", required: bool = False) -> None:
+    """Add `--samples`; `what` says what the texts are for, `more` what else is to be known of them."""
+    kinds = "one per line, or a .csv or .tsv with a column text, or request bodies in a .jsonl"
+    parser.add_argument("--samples", type=Path, required=required, metavar="FILE", help=f"{what} {kinds}{more}")
+
+
 def add_nothing(parser: argparse.ArgumentParser) -> None:
     """Add nothing, for a command without options."""
 

@@ -10,7 +10,15 @@ from typing import TYPE_CHECKING, Iterator, Optional, Sequence, Tuple
 
 from traceserve_runtime.errors import TraceserveError
 
-from traceserve.commands.arguments import add_port, duration, positive, quantity, require_writable, zero_or_more
+from traceserve.commands.arguments import (
+    add_port,
+    add_samples,
+    duration,
+    positive,
+    quantity,
+    require_writable,
+    zero_or_more,
+)
 from traceserve.commands.contract import Command
 from traceserve.commands.printing import ProgressBar, console, figure, print_line, print_note
 
@@ -27,13 +35,11 @@ _SPANS = 10  # of one request's time, that a closed loop should last
 
 def _add_bench(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("place", metavar="NAME|URL", help="a served archive, or any HTTP endpoint")
-    parser.add_argument(
-        "--samples",
-        type=Path,
+    add_samples(
+        parser,
+        "requests to send, shuffled and repeated: texts,",
+        "; use realistic texts, since the speed depends on their lengths",
         required=True,
-        metavar="FILE",
-        help="requests to send, shuffled and repeated: texts, one per line, or a .csv or .tsv with a column text, or request "
-        "bodies in a .jsonl; use realistic texts, since the speed depends on their lengths",
     )
     parser.add_argument(
         "--connections",

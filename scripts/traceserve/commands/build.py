@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, List, Optional, Tuple
 
 from traceserve.archives.names import STORE
 from traceserve.building.config import CONFIG_FILE
+from traceserve.commands.arguments import add_samples
 from traceserve.commands.compare import compare_formats
 from traceserve.commands.contract import Command
 from traceserve.commands.printing import (
@@ -47,12 +48,7 @@ def _add_config(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_gate(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--samples",
-        type=Path,
-        metavar="FILE",
-        help="compare on your own texts too: one per line, or a .csv or .tsv with a column text, or request bodies in a .jsonl",
-    )
+    add_samples(parser, "compare on your own texts too:")
     parser.add_argument(
         "--keep-samples",
         action="store_true",

@@ -7,7 +7,7 @@ import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Optional
 
-from traceserve.commands.arguments import positive, require_writable
+from traceserve.commands.arguments import add_samples, positive, require_writable
 from traceserve.commands.contract import Command
 from traceserve.commands.printing import ProgressBar, console, figure, print_line, print_note
 from traceserve.serving import engines
@@ -21,14 +21,7 @@ if TYPE_CHECKING:
 
 def _add_tune(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("archive", type=Path, metavar="ARCHIVE", help="the archive to configure")
-    parser.add_argument(
-        "--samples",
-        type=Path,
-        required=True,
-        metavar="FILE",
-        help="realistic texts: one per line, or a .csv or .tsv with a column text, or request bodies in a "
-        ".jsonl; the best configuration depends on their lengths",
-    )
+    add_samples(parser, "realistic texts:", "; the best configuration depends on their lengths", required=True)
     parser.add_argument(
         "--target",
         type=_p99,
