@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
 import os
 import shutil
@@ -15,6 +16,7 @@ import pytest
 from test_instances import processes, remembered, state  # noqa: F401  (fixtures)
 from traceserve import cli
 from traceserve.errors import ServerError
+from traceserve.machine import file_locks
 from traceserve.serving import instances, keys
 from traceserve.serving import server as starting
 from traceserve.serving.engines import RAY
@@ -37,6 +39,14 @@ def test_keys_are_not_rotated_while_an_update_runs(server: Instance) -> None:
         keys.rotate_keys(server, "second")
     assert keys.current(server).key == "first" == instances.find_instance(18000).key
     assert keys.rotate_keys(server, "second").key == "second" == instances.find_instance(18000).key
+
+
+def test_a_file_system_without_locks_hinders_no_rotation(server: Instance, monkeypatch: pytest.MonkeyPatch) -> None:
+    def lockless(descriptor: int, how: int) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(file_locks.fcntl, "flock", lockless)
+    assert keys.rotate_keys(server, "second").key == "second"
 
 
 def test_a_rotation_forgets_nothing_that_an_update_remembered_meanwhile(server: Instance) -> None:
