@@ -26,7 +26,7 @@ from traceserve.building.gate.golden import GOLDEN_FILE, GoldenSample, read_gold
 from traceserve.checking import verifying
 from traceserve.checking.dialects import DIALECTS, NATIVE, SpokenAt
 from traceserve.checking.proof import Proof, proof_of
-from traceserve.checking.verifying import Door, Verification, VerifiedSample, verify_server
+from traceserve.checking.verifying import AskedServer, Verification, VerifiedSample, verify_server
 from traceserve.errors import ArchiveError, ServerError
 from traceserve_hosts.asgi import Application, Limits
 from traceserve_hosts.batcher import Batcher
@@ -63,7 +63,7 @@ def url(unpacked: Path) -> Iterator[str]:
 
 
 def verified(url: str, archive: Path) -> Verification:
-    return verify_server(Door(url, url), archive)
+    return verify_server(AskedServer(url, url), archive)
 
 
 # The golden set
@@ -310,7 +310,7 @@ def test_the_time_to_ask_begins_with_the_first_sample(
             yield proof
 
     monkeypatch.setattr(verifying, "proof_of", slow)
-    assert len(verifying.verify_server(Door("x", url), unpacked, 0.5).samples) > 1
+    assert len(verifying.verify_server(AskedServer("x", url), unpacked, 0.5).samples) > 1
 
 
 def test_an_archive_of_another_task_is_no_golden_set_of_a_server(
@@ -397,7 +397,7 @@ def others(checkpoint: Callable[..., Path], tmp_path_factory: pytest.TempPathFac
 def test_hugging_faces_protocol(task: str, others: Dict[str, Path], unpacked: Path) -> None:
     folder = others.get(task, unpacked)
     with hugging_face(Service(Engine.load(folder), "tiny", "1.0")) as (url, keys):
-        found = verify_server(Door(url, url, "the key"), folder)
+        found = verify_server(AskedServer(url, url, "the key"), folder)
     assert found.passed and found.endpoint.dialect.name == "huggingface" and len(found.samples) == found.of >= 4
     assert found.notes == ("the server describes no model as V2 does: version and hash were not compared",)
     assert set(keys) == {"Bearer the key"}
@@ -464,8 +464,8 @@ def test_a_servers_certificate_has_to_be_for_its_name(mar: Path, tmp_path: Path)
     """Else the key and the texts go to whoever has any certificate of the same authority; our own are reached by address."""
     with secured(tmp_path, "example.org") as (url, certificate):
         with pytest.raises(ServerError, match="does not answer: .*certificate"):
-            Door(url, url, "the key", certificate).ask(url)
-        assert Door(url, url, "the key", certificate, ours=True).ask(url) == (200, {"key": "Bearer the key"})
+            AskedServer(url, url, "the key", certificate).ask(url)
+        assert AskedServer(url, url, "the key", certificate, ours=True).ask(url) == (200, {"key": "Bearer the key"})
 
 
 @pytest.mark.parametrize(
@@ -487,7 +487,7 @@ def test_what_a_server_says_of_itself_is_compared(
     with proof_of(mar) as proof:
         content = json.dumps(document).replace("CONTENTS", proof.manifest.contents).encode()
         with answering(status, content) as url:
-            found = verifying._identity(Door(url, url, ours=ours), SpokenAt(NATIVE, url), proof)
+            found = verifying._identity(AskedServer(url, url, ours=ours), SpokenAt(NATIVE, url), proof)
     assert [len(each) for each in found] == [problems, notes]
 
 

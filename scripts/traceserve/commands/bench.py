@@ -132,10 +132,10 @@ def _bench(options: argparse.Namespace) -> int:
     _check_for_urls(options)
     headers = dict(options.header)
     samples = OwnSamples.read(options.samples)
-    measured = [targets.subject(options.place, samples, options.port, options.body, headers)]
+    measured = [targets.bench_target(options.place, samples, options.port, options.body, headers)]
     if options.compare:
         body = options.body if options.compare_body is None else options.compare_body
-        measured.append(targets.subject(options.compare, samples, options.port, body, headers))
+        measured.append(targets.bench_target(options.compare, samples, options.port, body, headers))
     with ProgressBar() as bar:
         document = bench.measure(
             measured,

@@ -21,7 +21,7 @@ from traceserve.commands.printing import (
 )
 
 if TYPE_CHECKING:
-    from traceserve.checking.verifying import Door, Verification
+    from traceserve.checking.verifying import AskedServer, Verification
     from traceserve.serving.instances import Instance
 
 _SHOWN, _LONGEST = 12, 60  # rows, and characters of an answer
@@ -62,8 +62,8 @@ def _add_verify(parser: argparse.ArgumentParser) -> None:
 def _verify(options: argparse.Namespace) -> int:
     from traceserve.checking.verifying import verify_server
 
-    door, archive = _door(options)
-    found = verify_server(door, archive, options.seconds)
+    server, archive = _asked_server(options)
+    found = verify_server(server, archive, options.seconds)
     if options.json:
         print(printable_json(found.document(options.texts), indent=2))
     else:
@@ -71,9 +71,9 @@ def _verify(options: argparse.Namespace) -> int:
     return int(not found.passed)
 
 
-def _door(options: argparse.Namespace) -> Tuple[Door, Path]:
+def _asked_server(options: argparse.Namespace) -> Tuple[AskedServer, Path]:
     """Return the server and the archive with the golden set; raises TraceserveError."""
-    from traceserve.checking.verifying import Door
+    from traceserve.checking.verifying import AskedServer
     from traceserve.serving import instances
 
     if "://" in options.place:
@@ -82,7 +82,7 @@ def _door(options: argparse.Namespace) -> Tuple[Door, Path]:
         if options.archive is None:
             raise TraceserveError("verify: a URL needs --archive FILE.mar, which brings the golden set")
         certificate = str(options.certificate) if options.certificate else None
-        return Door(options.place, options.place, _key(options), certificate), options.archive
+        return AskedServer(options.place, options.place, _key(options), certificate), options.archive
     _check_for_url(options)
     archive: Optional[Path] = options.archive
     name = options.place
@@ -92,7 +92,7 @@ def _door(options: argparse.Namespace) -> Tuple[Door, Path]:
     instance = instances.serving_instance(name, options.port, or_url=True)
     if archive is not None:
         _check_task(archive, instance, name)
-    return Door.of(instance, name), archive or instance.unpacked(name)
+    return AskedServer.of(instance, name), archive or instance.unpacked(name)
 
 
 def _check_for_url(options: argparse.Namespace) -> None:
@@ -133,7 +133,7 @@ def _print_verification(found: Verification, with_texts: bool) -> None:
     largest = f"largest difference of a score {found.largest_difference:.1e} (limit {found.limit:.1e})"
     comparable = any(each.difference is not None for each in found.samples)
     print_line(
-        f"{found.door.label}: {asked} samples asked ({found.endpoint.dialect.name}), p50 {figure(found.p50)} ms{build}, "
+        f"{found.server.label}: {asked} samples asked ({found.endpoint.dialect.name}), p50 {figure(found.p50)} ms{build}, "
         f"{largest if comparable else 'no scores are comparable'}"
     )
     if found.different:

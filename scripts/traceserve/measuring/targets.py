@@ -43,14 +43,14 @@ class BenchTarget:
     continuous: bool = False
 
 
-def subject(
+def bench_target(
     place: str,
     samples: OwnSamples,
     port: Optional[int] = None,
     body: Optional[str] = None,
     headers: Mapping[str, str] = {},
 ) -> BenchTarget:
-    """Return the subject for NAME, an archive served by us, or a URL, with these samples; raises ServerError,
+    """Return the target for NAME, an archive served by us, or a URL, with these samples; raises ServerError,
     ConfigError.
 
     `body` (a template) and `headers` are only for a URL: our own servers' bodies and keys are known.

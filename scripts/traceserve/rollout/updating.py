@@ -21,7 +21,7 @@ from traceserve.archives.contents import configure_unpacked, unpack
 from traceserve.archives.names import check_name
 from traceserve.building.samples import OwnSamples
 from traceserve.checking.proof import Proof, proof_of
-from traceserve.checking.verifying import Door, Verification, verify_server
+from traceserve.checking.verifying import AskedServer, Verification, verify_server
 from traceserve.errors import ArchiveError, ServerError
 from traceserve.rollout.conditions import check_archive
 from traceserve.rollout.engines import ROLLOUT_ENGINES
@@ -205,16 +205,16 @@ class _Update:
         except ServerError as error:
             raise ServerError(f"{path} does not answer its own sample: {error.message}") from None
 
-    def _new(self) -> Door:
-        return self._door(self._version, f"{self._name}/{self._version}")
+    def _new(self) -> AskedServer:
+        return self._asked_server(self._version, f"{self._name}/{self._version}")
 
-    def _old(self) -> Door:
+    def _old(self) -> AskedServer:
         version = self._running.version
-        return self._door(version, self._engine.path_of_running(self._name, version))
+        return self._asked_server(version, self._engine.path_of_running(self._name, version))
 
-    def _door(self, version: str, path: str) -> Door:
-        door = Door.of(self._instance, path)
-        return dataclasses.replace(door, label=f"{self._name} {version}")
+    def _asked_server(self, version: str, path: str) -> AskedServer:
+        found = AskedServer.of(self._instance, path)
+        return dataclasses.replace(found, label=f"{self._name} {version}")
 
     def _compare(self) -> Replay:
         """Ask both versions the same; raises ServerError if more answers moved than may."""

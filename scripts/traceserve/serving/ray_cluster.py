@@ -50,7 +50,7 @@ keep() {  # whole: the guard reads it at any time
 for argument in "$@"; do
   case "$argument" in
     *.cfg) grep -q '^listen waiting$' "$argument" || # changed already
-           sed -i.original -e 's#^\\( *bind\\) {loopback}:{port}$#\\1 {door}#' \\
+           sed -i.original -e 's#^\\( *bind\\) {loopback}:{port}$#\\1 {bind}#' \\
                            -e 's/ bind [*]*:{statistics}$/ bind 127.0.0.1:{statistics}/' \\
                            -e 's/ bind [*]*:{metrics}$/ bind 127.0.0.1:{metrics}/' \\
                            -e 's#\\( errorfile 50[234]\\) .*#\\1 {unavailable}#' \\
@@ -192,7 +192,7 @@ def _haproxy(plan: ServerPlan, ports: Mapping[str, int]) -> Path:
         "program": _real_haproxy(),
         "loopback": _LOOPBACK.replace(".", "[.]"),
         "port": plan.port,
-        "door": _door(plan),
+        "bind": _bind_clause(plan),
         "statistics": ports["statistics"],
         "metrics": ports["haproxy"],
         "unavailable": unavailable,
@@ -212,7 +212,7 @@ def _haproxy(plan: ServerPlan, ports: Mapping[str, int]) -> Path:
     return file
 
 
-def _door(plan: ServerPlan) -> str:
+def _bind_clause(plan: ServerPlan) -> str:
     """Return where HAProxy listens, in its own words: with TLS, if there is a certificate."""
     address = f"[{plan.host}]:{plan.port}" if ":" in plan.host else f"{plan.host}:{plan.port}"
     if plan.front.certificate is None or plan.front.key is None:
