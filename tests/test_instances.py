@@ -28,7 +28,7 @@ from traceserve.errors import ServerError
 from traceserve.serving import configuration, instances, server, server_lock, stopping
 from traceserve.serving.engines import RAY
 from traceserve.serving.instances import Instance
-from traceserve.serving.log import last_words, load_failure
+from traceserve.serving.log import end_of_last_load, last_words, load_failure
 from traceserve.serving.plan import Scaling
 
 LOG = "2026-11-26 ERROR java.lang.OutOfMemoryError: Java heap space\n2026-11-26 INFO one more line\n"
@@ -293,6 +293,15 @@ def test_the_archive_whose_worker_cannot_load_is_named(processes: Any) -> None:
     instance.log.write_text(DIED + RAISED)  # which do not tell whose
     with pytest.raises(ServerError, match="^the worker of intents or tiny cannot load the archive: onnxruntime"):
         server._wait_for_answer(instance, "intents", {}, 5.0)
+
+
+def test_failures_before_a_worker_last_loaded_the_archive_are_over(tmp_path: Path) -> None:
+    log, failed = tmp_path / "server.log", "2026 INFO Failed to load model tiny, exception {}\n"
+    loaded = "2026 INFO traceserve loaded tiny: sequence_classification, torchscript\n"
+    log.write_text(failed.format("earlier") + loaded + loaded.replace("tiny", "tiny2") + failed.format("no memory"))
+    assert load_failure(log, end_of_last_load(log, "tiny"), "tiny") == ("tiny", "no memory")
+    assert load_failure(log, end_of_last_load(log, "tiny.*"), "tiny") == ("tiny", "earlier")
+    assert end_of_last_load(tmp_path / "none.log", "tiny") == 0
 
 
 def test_a_server_of_another_machine_is_not_judged(processes: Any) -> None:

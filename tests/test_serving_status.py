@@ -14,12 +14,13 @@ import urllib.request
 from pathlib import Path
 from typing import Iterator
 
+import psutil
 import pytest
 from traceserve import cli
 from traceserve.archives.archive import pack_archive
 from traceserve.commands.status import _duration_since
 from traceserve.measuring import activity
-from traceserve.serving import configuration, instances, server
+from traceserve.serving import configuration, instances, server, stopping
 from traceserve.serving.instances import Instance
 
 GOOD, BAD, LONG = b"hello", b'{"txt": "a"}', b"hello " * 200_000
@@ -87,6 +88,34 @@ def test_the_command_shows_the_totals(served: Instance) -> None:
     assert int(row[0]) >= 2 and int(row[1]) >= 1
     assert re.search(rf"tiny:{served.port} failed: .*\d InvalidRequest", shown.stdout)
     assert re.search(rf"{served.port}: \d+ answers 2XX, [1-9]\d* answers 4XX, 0 answers 5XX; http", shown.stdout)
+
+
+def test_a_worker_that_cannot_be_started_again_is_no_worker(served: Instance) -> None:
+    """Its processes are there most of the time: TorchServe starts one after the other."""
+    model = served.unpacked("tiny") / served.manifest("tiny").model_file
+    hidden = model.rename(model.with_name("hidden"))
+
+    def shown(until: str) -> str:
+        deadline = time.monotonic() + 60
+        while True:
+            said = subprocess.run(COMMAND, capture_output=True, text=True, timeout=60, check=True).stdout
+            if until in said or time.monotonic() > deadline:
+                return said
+
+    try:
+        [worker] = [
+            each for each in psutil.Process(served.pid).children(True) if stopping.WORKER in " ".join(each.cmdline())
+        ]
+        worker.kill()
+        said = shown("cannot load")
+        assert "0 of 1" in said and "1 of 1" not in said
+        assert (
+            f"tiny:{served.port} a worker cannot load the archive: traceserve.json names the file {model.name}" in said
+        )
+    finally:
+        hidden.rename(model)
+    said = shown("1 of 1")
+    assert "1 of 1" in said and "cannot load" not in said
 
 
 def test_a_server_that_hangs_is_told_apart(served: Instance) -> None:

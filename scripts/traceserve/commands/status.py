@@ -11,6 +11,8 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Dict, Iterator, List, NamedTuple, Optional, Sequence, Tuple
 
+from traceserve_runtime.errors import TraceserveError
+
 from traceserve.commands.arguments import number_in
 from traceserve.commands.contract import Command
 from traceserve.commands.printing import console, figure, print_line, printable
@@ -21,6 +23,7 @@ if TYPE_CHECKING:
 
     from traceserve.measuring.activity import Activity, Sample
     from traceserve.serving.instances import Instance
+    from traceserve.serving.workers import ArchiveState
 
 _FIGURES = {  # the header in a table, and the name in a line; times are in milliseconds
     "requests": "requests",
@@ -33,6 +36,16 @@ _FIGURES = {  # the header in a table, and the name in a line; times are in mill
     "padding": "padding",
     "errors": "errors",
 }
+
+
+class _Row(NamedTuple):
+    """A served archive as the table of servers shows it, and what is said below."""
+
+    name: str
+    instance: Instance
+    version: str
+    workers: str
+    notes: Tuple[str, ...] = ()
 
 
 class _Archive(NamedTuple):
@@ -77,7 +90,11 @@ def _status(options: argparse.Namespace) -> int:
         return 0
     screen = console()
     by_status = {instance.port: _by_status(instance) for instance in running}
-    screen.print(_servers(running, [port for port, words in by_status.items() if words is None]))
+    rows = [row for instance in running for row in _rows(instance, by_status[instance.port] is None)]
+    screen.print(_servers(rows))
+    for row in rows:
+        for note in row.notes:
+            print_line(f"{row.name}:{row.instance.port} {note}")
     screen.print(_report([*_since_start(running)], "since the start"))
     for instance in running:
         words = by_status[instance.port]
@@ -86,19 +103,39 @@ def _status(options: argparse.Namespace) -> int:
     return 0
 
 
-def _servers(running: Sequence[Instance], silent: Sequence[int]) -> Table:
-    """Return a table of the servers; `silent`: the ports of those that do not answer, whose processes say nothing."""
+def _rows(instance: Instance, silent: bool) -> Iterator[_Row]:
+    """Yield a row for each archive of a server; of one that is `silent`, its processes say nothing."""
+    from traceserve.serving import engines, instances, workers
+
+    alive = instances.workers_alive(instance)
+    for name in instance.names:
+        known = f"{alive[name]} of {instance.workers[name]}"
+        row = _Row(name, instance, _version(instance, name), "no answer" if silent else known)
+        if instance.engine == engines.TORCHSERVE and not silent:
+            with contextlib.suppress(TraceserveError):  # as while it starts or stops
+                row = _told_row(row, workers.archive_state(instance, name))
+        yield row
+
+
+def _told_row(row: _Row, state: ArchiveState) -> _Row:
+    """Return a row with what the server says itself."""
+    notes = [f"a worker cannot load the archive: {state.failure}"] if state.failure else []
+    if state.others:
+        notes.append(
+            f"{', '.join(state.others)} beside {state.version}: of an update that runs, or for the next to remove"
+        )
+    return row._replace(version=state.version, workers=f"{state.ready} of {state.wanted}", notes=tuple(notes))
+
+
+def _servers(rows: Sequence[_Row]) -> Table:
+    """Return a table of the servers' archives."""
     from rich.table import Table
 
-    from traceserve.serving import instances
-
     table = Table("archive", "version", "port", "workers", "up", "pid")
-    for instance in running:
-        alive = instances.workers_alive(instance)
+    for row in rows:
+        instance = row.instance
         up = _duration_since(instance.started)
-        for name in instance.names:
-            workers = "no answer" if instance.port in silent else f"{alive[name]} of {instance.workers[name]}"
-            table.add_row(name, _version(instance, name), str(instance.port), workers, up, str(instance.pid))
+        table.add_row(row.name, row.version, str(instance.port), row.workers, up, str(instance.pid))
     return table
 
 
@@ -109,8 +146,6 @@ def _duration_since(started: float) -> str:
 
 def _version(instance: Instance, name: str) -> str:
     """Return the version that answers those who name none; empty if several share them, as on Ray."""
-    from traceserve_runtime.errors import TraceserveError
-
     with contextlib.suppress(TraceserveError, OSError):
         return instance.manifest(name).version
     return ""

@@ -41,6 +41,13 @@ def load_failure(log: Path, start: int = 0, name: Optional[str] = None) -> Optio
     return LoadFailure(None, match[1].strip()) if match else None
 
 
+def end_of_last_load(log: Path, name: str) -> int:
+    """Return how many bytes of a log end with the last time that a worker loaded this archive; 0 if none did."""
+    content = log.read_bytes() if log.is_file() else b""
+    loaded = rb"traceserve loaded %s: " % re.escape(name).encode()
+    return max((match.end() for match in re.finditer(loaded, content)), default=0)
+
+
 def last_words(folder: Path) -> str:
     """Return why the server in a folder ended, according to its logs, as the end of a sentence."""
     logs = [folder / "logs" / name for name in ("start.log", "server.log")]

@@ -28,6 +28,7 @@ _NATIVE = (
     "x86_64",
     "aarch64",
 )  # processors for which TorchServe brings Netty's native transport, which Unix sockets need
+_SECONDS_TO_ANSWER = 30.0
 _SECONDS_TO_REMOVE = 150.0  # more than TorchServe waits for a worker's end
 
 
@@ -78,7 +79,7 @@ class _SocketConnection(http.client.HTTPConnection):
         self.sock.connect(self._path)
 
 
-def call(instance: Instance, method: str, path: str, timeout: float = 30.0) -> Any:
+def call(instance: Instance, method: str, path: str, timeout: float = _SECONDS_TO_ANSWER) -> Any:
     """Send a request without a body to the API, and return the parsed answer; raises NotYet or RequestRefused."""
     connection: http.client.HTTPConnection = (
         _SocketConnection(instance.management_socket, timeout)
@@ -101,14 +102,14 @@ def call(instance: Instance, method: str, path: str, timeout: float = 30.0) -> A
     return answer
 
 
-def registered(instance: Instance, name: str) -> Dict[str, Registered]:
+def registered(instance: Instance, name: str, timeout: float = _SECONDS_TO_ANSWER) -> Dict[str, Registered]:
     """Return the versions of a model; raises ServerError."""
-    return {each.version: each for each in map(_registered, call(instance, "GET", f"/models/{name}/all"))}
+    return {each.version: each for each in map(_registered, call(instance, "GET", f"/models/{name}/all", timeout))}
 
 
-def default(instance: Instance, name: str) -> Registered:
+def default(instance: Instance, name: str, timeout: float = _SECONDS_TO_ANSWER) -> Registered:
     """Return the version that answers where a request names none; raises ServerError."""
-    [described] = call(instance, "GET", f"/models/{name}")
+    [described] = call(instance, "GET", f"/models/{name}", timeout)
     return _registered(described)
 
 
