@@ -21,6 +21,7 @@ from typing import Any, Callable, Dict, Optional
 
 import pytest
 from conftest import ROOT, run_export
+from traceserve import cli
 from traceserve.archives.archive import pack_archive
 from traceserve.archives.contents import configure_archive, read_manifest, read_serving, unpack
 from traceserve.archives.names import check_name
@@ -299,6 +300,17 @@ def test_a_signal_is_not_lost(where: str) -> None:
     """Python discards an exception that is raised in a destructor, and some libraries turn all into their own."""
     found = subprocess.run([sys.executable, "-c", _STRUCK, where], capture_output=True, text=True, timeout=50)
     assert (found.returncode, found.stdout, found.stderr) == (130, "", "interrupted; nothing was left half-made\n")
+
+
+def test_an_interrupted_command_says_what_it_left(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def parse(arguments: Any) -> Any:
+        raise cli._Interrupted("1.0 may still run")
+
+    monkeypatch.setattr(cli, "_parse", parse)
+    monkeypatch.setattr(cli, "_end_by_signals", lambda: None)
+    assert cli.main([]) == 130 and capsys.readouterr().err == "interrupted; 1.0 may still run\n"
 
 
 def interrupted_build(tmp_path: Path, seconds: float, signal_number: int) -> Dict[str, Any]:

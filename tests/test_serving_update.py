@@ -265,6 +265,34 @@ def test_a_version_that_cannot_be_remembered_answers_beside_the_old_one(
     assert the_only_version(port) == before
 
 
+def test_an_update_that_was_killed_is_finished_by_the_same_again(
+    archives: Path, port: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """After the switch: the server is remembered with the version that answers, and `status` names both."""
+    before = the_only_version(port)
+    new = "1.0" if before != "1.0" else "2.0"
+
+    def killed(self: updating._Update, *arguments: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(updating._Update, "_drain", killed)
+        patch.setattr(updating._Update, "_take_back", killed)
+        with pytest.raises(KeyboardInterrupt):
+            update_server(archives / new / "tiny.mar", port, UpdateOptions(allowed_changes=99))
+    assert instances.find_instance(port).manifest("tiny").version == new
+    capsys.readouterr()
+    assert cli.main(["status"]) == 0
+    shown = capsys.readouterr().out.replace("\n", " ")
+    assert f"tiny:{port} {before} beside {new}: of an update that runs, or for the next to remove" in shown
+    said: List[str] = []
+    found = update_server(archives / new / "tiny.mar", port, UpdateOptions(), said.append)
+    assert (found.old, found.new, found.kept) == (before, new, {}) and found.verification.passed
+    assert said[0] == f"{new} answers already, and {before} beside it, which an earlier update left"
+    assert said[-1] == f"removed {before}, which had answered all its requests"
+    assert the_only_version(port) == new
+
+
 def test_what_is_refused_before_anything_starts(
     archives: Path, port: int, mar: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

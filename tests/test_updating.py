@@ -10,7 +10,7 @@ import socket
 import threading
 import time
 from pathlib import Path
-from typing import Any, AsyncIterator, Callable, Dict, Iterator, List
+from typing import Any, AsyncIterator, Callable, Dict, Iterator, List, Sequence
 
 import pytest
 from conftest import run_export, served_over_http
@@ -136,6 +136,41 @@ def test_a_version_that_answers_otherwise_than_its_build_is_refused(
     with updating(serve(first="1.0", second="2.0"), archives / "2.0" / "tiny.mar", said, timeout=1e-9) as update:
         assert update._verify().passed
     assert re.fullmatch(r"note on 2.0: the last \d+ samples were not asked: --timeout was over", said[-1])
+
+
+@pytest.mark.parametrize(
+    ("step", "and_then", "left"),
+    [
+        ("_verify", "", ()),
+        (
+            "_verify",
+            "_remove_new",
+            ("1.0 and 2.0 of tiny may both run (`traceserve status`), and the next update removes one",),
+        ),
+        ("_settle", "", ("tiny was updated to 2.0; 1.0 may still run, and the next update removes it",)),
+    ],
+)
+def test_an_interrupt_says_what_it_leaves(
+    step: str,
+    and_then: str,
+    left: Sequence[str],
+    serve: Callable[..., Instance],
+    archives: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def interrupted(*arguments: Any) -> Any:
+        raise KeyboardInterrupt
+
+    said: List[str] = []
+    with updating(serve(first="1.0"), archives / "2.0" / "tiny.mar", said) as update:
+        for name in ("_register", "_verify", "_compare", "_promote", "_drain", "_settle"):
+            monkeypatch.setattr(update, name, interrupted if name in (step, and_then) else lambda *arguments: None)
+        if and_then:
+            monkeypatch.setattr(update, and_then, interrupted)
+        with pytest.raises(KeyboardInterrupt) as found:
+            update.run()
+    assert found.value.args == tuple(left)
+    assert said == ([] if left else ["tiny 1.0 answers as before"])
 
 
 def shadowed(instance: Instance, archives: Path, new: str, ask: Callable[[Path], None], seconds: float) -> Shadowed:

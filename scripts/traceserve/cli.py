@@ -46,8 +46,8 @@ def main(arguments: Optional[Sequence[str]] = None) -> int:
     try:
         with printing.standard_output():
             return _run(_parse(sys.argv[1:] if arguments is None else arguments))
-    except _Interrupted:
-        return _interrupted()
+    except _Interrupted as interrupt:
+        return _interrupted(*interrupt.args)
     except UnwritableOutput as error:  # of --help or --version, which end the program
         printing.print_error(error)
         return 1
@@ -55,10 +55,10 @@ def main(arguments: Optional[Sequence[str]] = None) -> int:
         return 1
 
 
-def _interrupted() -> int:
-    """Say that a signal ended the command; returns its exit code."""
+def _interrupted(left: str = "nothing was left half-made") -> int:
+    """Say that a signal ended the command, and what it left; returns the exit code."""
     with contextlib.suppress(OSError):  # the terminal may be gone
-        printing.print_line("interrupted; nothing was left half-made", error=True)
+        printing.print_line(f"interrupted; {left}", error=True)
     return 130
 
 
@@ -140,8 +140,8 @@ def _end_by_signals() -> None:
 
 
 class _Interrupted(BaseException):
-    """A signal to stop. Not KeyboardInterrupt: if that passes through an `exec`, as when importing many
-    libraries, Python kills itself at the end even if it was caught."""
+    """A signal to stop; its argument, if a command gave it one, says what is left. Not KeyboardInterrupt: if that passes
+    through an `exec`, as when importing many libraries, Python kills itself at the end even if it was caught."""
 
 
 _struck: List[int] = []  # the signals that came

@@ -11,7 +11,7 @@ import shutil
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Callable, Dict, Optional
+from typing import Callable, Dict, Iterator, Mapping, Optional, Sequence
 
 from traceserve_runtime.errors import TraceserveError
 from traceserve_runtime.manifest import Manifest
@@ -91,9 +91,13 @@ def update_server(
         instance = _corrected(instance, archive.name, running)
         workers = options.workers or archive.serving.workers or running.workers
         archive = planned([file], None, workers, False)[archive.name]
+        update = _Update(archive, instance, running, proof, options, report)
+        left = [version for version in engine.versions_of(instance, archive.name) if version != running.version]
+        if left and archive.manifest.version == running.version:
+            return update.finish(left)
         check_archive(archive, instance, running)
         engine.check_update(instance, archive, running, options.timeout)
-        return _Update(archive, instance, running, proof, options, report).run()
+        return update.run()
 
 
 def _corrected(instance: Instance, name: str, running: ServedVersion) -> Instance:
@@ -110,6 +114,18 @@ def _after(instance: Instance, name: str, folder: str, workers: int) -> Instance
     return dataclasses.replace(
         instance, folders={**instance.folders, name: folder}, workers={**instance.workers, name: workers}
     )
+
+
+@contextlib.contextmanager
+def _leaving(left: str) -> Iterator[None]:
+    """Let an interrupt say what it leaves behind."""
+    try:
+        yield
+    except Exception:
+        raise
+    except BaseException as interrupt:
+        interrupt.args = (left,)
+        raise
 
 
 class _Update:
@@ -130,10 +146,11 @@ class _Update:
         self._key = f"{self._name}@{self._version}"  # no name holds an @
         self._folder = Path(instance.folder, "store", self._key)
         self._canary = server.canary(archive.manifest)
-        self._unpacked = self._registered = self._promoted = False
+        self._unpacked = self._registered = self._promoted = self._taken_back = False
 
     def run(self) -> Updated:
-        """Update; raises TraceserveError, or passes on an interrupt, once all is as it was."""
+        """Update; raises TraceserveError, or passes on an interrupt, once all is as it was. An interrupt that leaves anything
+        else has that as its argument."""
         started = time.monotonic()
         try:
             self._register()
@@ -146,21 +163,33 @@ class _Update:
             error.message = f"{error.message}; {self._take_back()}"
             error.args = (error.message,)
             raise
-        except BaseException:  # an interrupt
-            self._report(self._take_back())
+        except BaseException as interrupt:
+            said = self._take_back()
+            if self._taken_back:
+                self._report(said)
+            else:
+                interrupt.args = (said,)
             raise
-        kept = self._settle(named)
-        return Updated(
-            self._instance,
-            self._name,
-            self._running.version,
-            self._version,
-            time.monotonic() - started,
-            verification,
-            compared,
-            shadowed,
-            kept,
-        )
+        with _leaving(self._not_removed(self._running.version)):
+            kept = self._settle(named)
+        seconds = time.monotonic() - started
+        old, new = self._running.version, self._version
+        return Updated(self._instance, self._name, old, new, seconds, verification, compared, shadowed, kept)
+
+    def finish(self, left: Sequence[str]) -> Updated:
+        """Remove the versions that an update which was killed has left beside this one, which answers; raises
+        TraceserveError."""
+        started, others = time.monotonic(), ", ".join(left)
+        self._report(f"{self._version} answers already, and {others} beside it, which an earlier update left")
+        self._engine.begin_update(self._instance, self._name)
+        verification = self._verified(self._old())
+        with _leaving(self._not_removed(others)):
+            kept = self._remove_others({})
+        seconds, nothing = time.monotonic() - started, Replay(0, (), 0.0)
+        return Updated(self._instance, self._name, others, self._version, seconds, verification, nothing, None, kept)
+
+    def _not_removed(self, old: str) -> str:
+        return f"{self._name} was updated to {self._version}; {old} may still run, and the next update removes it"
 
     def _register(self) -> None:
         """Start the new version's workers beside the old ones, and wait for them; raises TraceserveError."""
@@ -189,7 +218,10 @@ class _Update:
     def _verify(self) -> Verification:
         """Ask the new version its sample and its golden set at its own address; raises ServerError."""
         self._ask_canary(f"{self._name}/{self._version}")
-        found = verify_server(self._new(), self._archive.file, self._options.timeout, "--timeout")
+        return self._verified(self._new())
+
+    def _verified(self, door: Door) -> Verification:
+        found = verify_server(door, self._archive.file, self._options.timeout, "--timeout")
         if not found.passed:
             raise UpdateRefused(f"{self._name} {self._version} is not what was built: {'; '.join(found.problems)}")
         self._report(
@@ -266,8 +298,14 @@ class _Update:
         """Let the new version answer all requests that name none."""
         self._promoted = True
         self._engine.switch_to(self._instance, self._name, self._version, self._options.timeout)
+        with contextlib.suppress(OSError, TraceserveError):  # such as a full disk: `_settle` says so
+            instances.remember(self._updated())
         self._ask_canary(self._name)
         self._report(f"promoted: {self._instance.predictions_url(self._name)} is answered by {self._version}")
+
+    def _updated(self) -> Instance:
+        """Return the server as it is after the switch."""
+        return _after(self._instance, self._name, self._key, self._archive.workers)
 
     def _drain(self, version: str) -> int:
         return self._engine.drain_version(self._instance, self._name, version, self._canary, self._options.timeout)
@@ -278,19 +316,23 @@ class _Update:
         One that cannot be removed is left to the next update: the new version answers. So are all of them if this one
         cannot be remembered: other commands read the files of the version that they find.
         """
-        name, old = self._name, self._running.version
-        self._instance = _after(self._instance, name, self._key, self._archive.workers)
+        old = self._running.version
+        self._instance = self._updated()
         try:
             instances.remember(self._instance)
         except (OSError, TraceserveError) as error:  # such as a full disk
             self._report(f"kept {old}, which `traceserve status` still shows: {error}; the next update looks again")
             return {}
+        return self._remove_others({old: named})
+
+    def _remove_others(self, drained: Mapping[str, int]) -> Dict[str, int]:
+        """Remove the versions that no request names but this one; returns the others. `drained` are by how many requests
+        named them meanwhile; those that an earlier update kept, or one that was killed, are drained now."""
         kept: Dict[str, int] = {}
-        # The others were kept by an earlier update, or by one that was killed.
-        versions = dict.fromkeys([old, *self._engine.versions_of(self._instance, name)])
+        versions = dict.fromkeys([*drained, *self._engine.versions_of(self._instance, self._name)])
         for version in [each for each in versions if each != self._version]:
             try:
-                count = named if version == old else self._drain(version)
+                count = drained[version] if version in drained else self._drain(version)
                 self._remove(version, count)
                 kept[version] = count
             except TraceserveError as error:
@@ -313,6 +355,12 @@ class _Update:
 
         What may still answer keeps its files: a worker that is started again reads them.
         """
+        old, new = self._running.version, self._version
+        left = f"{old} and {new} of {self._name} may both run (`traceserve status`), and the next update removes one"
+        with _leaving(left):
+            return self._taking_back()
+
+    def _taking_back(self) -> str:
         name, old, new = self._name, self._running.version, self._version
         if self._promoted and not self._switch_back():
             return (
@@ -325,6 +373,7 @@ class _Update:
                 f"nor could {new} be removed: it may answer, and the next update looks again (`traceserve status` says "
                 "whether the server runs)"
             )
+        self._taken_back = True
         return f"{name} {old} answers as before"
 
     def _switch_back(self) -> bool:
@@ -333,6 +382,8 @@ class _Update:
         with contextlib.suppress(TraceserveError):
             self._engine.switch_to(self._instance, self._name, self._running.version, timeout)
             back = True
+            with contextlib.suppress(OSError, TraceserveError):  # the next update corrects it
+                instances.remember(self._instance)
             self._engine.drain_version(self._instance, self._name, self._version, self._canary, _HOWEVER_LONG)
         return back
 
