@@ -25,8 +25,8 @@ from test_client import answering
 from traceserve import cli
 from traceserve.archives import staging
 from traceserve.errors import ServerError
-from traceserve.serving import configuration, instances, server, server_lock, stopping
-from traceserve.serving.engines import RAY
+from traceserve.serving import configuration, instances, killed_starts, server, server_lock, stopping
+from traceserve.serving.engines import RAY, TORCHSERVE
 from traceserve.serving.instances import Instance
 from traceserve.serving.log import end_of_last_load, last_words, load_failure
 from traceserve.serving.plan import Scaling
@@ -541,6 +541,125 @@ def test_a_start_that_was_killed_is_swept_by_the_next(processes: Any) -> None:
     for folder in (left, Path(running.folder)):
         (folder / staging.LOCK_FILE).touch()
     with staging.held(starting):
-        server._sweep()
+        assert killed_starts.ports_of_killed_starts() == [18000] and left.exists()
+        assert killed_starts.end_killed_starts() == [18000]
     assert not left.exists() and starting.exists()
     assert running.process is not None and Path(running.folder, "store", "weights").is_file()
+
+
+def test_a_killed_starts_server_is_ended_before_its_port_is_tried(
+    processes: Any, mar: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """And by `stop --all`; `status` tells of it."""
+
+    def launch(plan: Any) -> Instance:
+        raise ServerError("launched")
+
+    port = configuration.free_ports(1)[0]
+    listening = (
+        f"import socket, time; s = socket.create_server(('127.0.0.1', {port})); print(flush=True); time.sleep(600)"
+    )
+
+    def left() -> subprocess.Popen[bytes]:
+        folder = Path(tempfile.mkdtemp(prefix=f"traceserve-{port}-"))
+        (folder / staging.LOCK_FILE).touch()
+        command = ["raylet", "-S", "-c", listening, f"{folder}/run/x"]
+        processes.append(subprocess.Popen(command, executable=sys.executable, stdout=subprocess.PIPE))
+        with processes[-1].stdout as said:
+            said.readline()
+        return processes[-1]
+
+    engine = server.SERVING_ENGINES[TORCHSERVE]._replace(launch=launch)
+    monkeypatch.setitem(server.SERVING_ENGINES, TORCHSERVE, engine)
+    first = left()
+    with pytest.raises(ServerError, match="^launched$"):
+        server.start([mar], port=port)
+    first.wait(5)
+    second = left()
+    assert cli.main(["status"]) == 0 and second.poll() is None
+    assert (
+        f"`traceserve serve --port {port}` may have left a server; `traceserve stop --all`" in capsys.readouterr().out
+    )
+    assert cli.main(["stop", "--all"]) == 0
+    assert f"ended what a killed `traceserve serve --port {port}` had left" in capsys.readouterr().out
+    second.wait(5)
+
+
+def test_torchserve_listens_on_no_ipv6_address(mar: Path) -> None:
+    for host in ("::", "::1"):
+        with pytest.raises(ServerError, match=f"such as --host {host}; --host 0.0.0.0 listens on IPv6 too$"):
+            server.start([mar], host, configuration.free_ports(1)[0])
+    configuration.check_host("::1", ipv6=True)
+
+
+def test_a_dead_server_whose_log_was_removed_is_told(processes: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    instance = remembered(processes)
+    kill(instance)
+    instance.log.unlink()
+    assert cli.main(["status"]) == 0
+    assert "tiny on port 18000 died without a message in its log" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("log", "words"),
+    [
+        (
+            "Error occurred during initialization of VM\nMultiple garbage collectors selected\n",
+            ": Error occurred during initialization of VM: Multiple garbage collectors selected",
+        ),
+        ("Picked up JAVA_TOOL_OPTIONS: -XX:+ExitOnOutOfMemoryError\n2026 INFO loaded\n", ": 2026 INFO loaded"),
+        ("NOTE: Picked up JDK_JAVA_OPTIONS: -XX:+CrashOnOutOfMemoryError\n", " without a message in its log"),
+        (
+            "Invalid configuration: Invalid binding address\nException in thread Thread-0 java.lang.NullPointerException\n",
+            ": Invalid configuration: Invalid binding address",
+        ),
+    ],
+)
+def test_why_a_server_ended_is_the_cause_alone(log: str, words: str, tmp_path: Path) -> None:
+    (tmp_path / "logs").mkdir()
+    (tmp_path / "logs" / "start.log").write_text(log)
+    assert last_words(tmp_path) == words
+
+
+def test_a_warning_of_any_archive_is_not_quoted(processes: Any) -> None:
+    """TorchServe writes it for each archive that does not fix the number of its workers."""
+    instance = remembered(processes)
+    instance.log.write_text("2026 WARN slow\n2026 WARN Invalid model config in mar, minWorkers:0, maxWorkers:0\n")
+    assert server._last_warning(instance.log) == "; its log's last warning: 2026 WARN slow"
+
+
+@pytest.mark.parametrize("how", ["stopped", "stopping", "died"])
+def test_a_server_in_the_foreground_ends_well_if_it_was_stopped(
+    how: str, processes: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """systemd starts one that failed again."""
+    instance = remembered(processes)
+    if how == "stopping":
+        instances.remember(dataclasses.replace(instance, stopped=True))
+    if how == "stopped":
+        instances.stop(instance)
+    else:
+        kill(instance)
+    monkeypatch.setattr(server, "start", lambda *arguments, **options: instance)
+    monkeypatch.setattr("traceserve.commands.serve.print_instance", lambda *arguments: None)
+    assert cli.main(["serve", "tiny.mar", "--foreground"]) == int(how == "died")
+    assert ("stopped by another command" in capsys.readouterr().out) == (how != "died")
+
+
+def test_what_a_killed_writer_of_a_state_file_left_is_removed(processes: Any) -> None:
+    instance = remembered(processes)
+    folder = Path(os.environ["XDG_STATE_HOME"]) / "traceserve" / "servers"
+    old, new = (folder / f".x.json.{name}.new" for name in ("old", "new"))
+    for file in (old, new):
+        file.touch()
+    os.utime(old, (0, 0))
+    instances.sweep()
+    assert not old.exists() and new.exists() and instances.running() == [instance]
+
+
+def test_a_clock_that_is_set_makes_no_server_older(processes: Any) -> None:
+    instance = dataclasses.replace(remembered(processes), started=time.time() + 86_400)
+    instance = dataclasses.replace(instance, ticks=instances.ticks_of(instance.pid))
+    assert 0 <= instance.seconds_up < 600
+    kill(instance)
+    assert instance.seconds_up == 0

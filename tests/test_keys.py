@@ -186,3 +186,17 @@ def test_serve_in_the_foreground_leaves_no_server_where_nobody_reads_its_output(
     monkeypatch.setattr(sys, "stdout", unread)
     assert cli.main(["serve", "tiny.mar", "--foreground"]) == 1
     assert stopped == [server]
+
+
+def test_the_keys_of_a_start_that_was_killed_are_read_from_the_servers_file(
+    processes: Any,  # noqa: F811
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """It was killed before TorchServe had made them; without that file it demands none."""
+    instance = remembered(processes)
+    assert cli.main(["keys"]) == 1 and "demands no key" in capsys.readouterr().err
+    made = {kind: {"key": f"for {kind}"} for kind in ("inference", "management", "API")}
+    Path(instance.folder, instances.TORCHSERVE_KEYS).write_text(json.dumps(made))
+    found = instances.find_instance(18000)
+    assert (found.key, found.management_key) == ("for inference", "for management")
+    assert cli.main(["keys"]) == 0

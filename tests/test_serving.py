@@ -811,6 +811,15 @@ def test_java_is_found_without_one_on_the_path(monkeypatch: pytest.MonkeyPatch, 
     assert java.find_java() == {}
 
 
+@pytest.mark.parametrize("variable", ["JAVA_TOOL_OPTIONS", "JDK_JAVA_OPTIONS", "_JAVA_OPTIONS"])
+def test_a_collector_that_the_user_chose_is_the_only_one(
+    variable: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert "-XX:+UseSerialGC" in java.jvm_options(tmp_path)
+    monkeypatch.setenv(variable, "-Xmx2g -XX:+UseG1GC")
+    assert "-XX:+UseSerialGC" not in java.jvm_options(tmp_path)
+
+
 def test_the_jvm_starts_from_the_classes_of_an_earlier_one(
     tiny: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

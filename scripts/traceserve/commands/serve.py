@@ -168,6 +168,9 @@ def _serve(options: argparse.Namespace) -> int:
     except BaseException:  # an interrupt, as from a container or systemd; or an output that nobody reads
         instances.stop(instance)
         raise
+    if instances.was_stopped(instance):
+        print_line("stopped by another command")
+        return 0
     raise ServerError(f"the server ended{last_words(Path(instance.folder))}")
 
 
@@ -177,7 +180,7 @@ def _add_stop(parser: argparse.ArgumentParser) -> None:
 
 
 def _stop(options: argparse.Namespace) -> int:
-    from traceserve.serving import instances
+    from traceserve.serving import instances, killed_starts
 
     if options.all and options.port is not None:
         raise TraceserveError("stop: give --port or --all, not both")
@@ -192,6 +195,8 @@ def _stop(options: argparse.Namespace) -> int:
     for instance in chosen:
         instances.stop(instance)
         print_line(f"stopped {', '.join(instance.names)} on port {instance.port}")
+    for left in killed_starts.end_killed_starts() if options.all else ():
+        print_line(f"ended what a killed `traceserve serve --port {left}` had left")
     for instance in dead:
         instances.stop(instance)
         print_line(f"{', '.join(instance.names)} on port {instance.port} had died; its log is removed")

@@ -77,7 +77,7 @@ def _interval(text: str) -> float:
 
 
 def _status(options: argparse.Namespace) -> int:
-    from traceserve.serving import instances
+    from traceserve.serving import instances, killed_starts
 
     if options.watch is not None:
         return _watch(options.watch)
@@ -85,6 +85,11 @@ def _status(options: argparse.Namespace) -> int:
     for instance in instances.tidy_dead():
         _print_dead(instance)
         instances.mark_seen(instance)
+    for port in killed_starts.ports_of_killed_starts():
+        print_line(
+            f"a killed `traceserve serve --port {port}` may have left a server; `traceserve stop --all`, or the next `traceserve "
+            "serve`, ends it"
+        )
     if not running:
         print_line("no server is running")
         return 0
@@ -134,14 +139,14 @@ def _servers(rows: Sequence[_Row]) -> Table:
     table = Table("archive", "version", "port", "workers", "up", "pid")
     for row in rows:
         instance = row.instance
-        up = _duration_since(instance.started)
+        up = _duration(instance.seconds_up)
         table.add_row(row.name, row.version, str(instance.port), row.workers, up, str(instance.pid))
     return table
 
 
-def _duration_since(started: float) -> str:
-    """Return the time since a Unix time, as 3:04:05 or "2 days, 3:04:05"."""
-    return str(datetime.timedelta(seconds=int(time.time() - started)))
+def _duration(seconds: float) -> str:
+    """Return a time as 3:04:05 or "2 days, 3:04:05"."""
+    return str(datetime.timedelta(seconds=int(seconds)))
 
 
 def _version(instance: Instance, name: str) -> str:
@@ -183,7 +188,7 @@ def _since_start(running: Sequence[Instance]) -> Iterator[_Archive]:
     from traceserve.measuring import activity
 
     for instance, name, found in _samples(running):
-        start = activity.Sample(instance.started)
+        start = activity.Sample(time.time() - instance.seconds_up)
         yield _Archive(name, instance.port, None if found is None else activity.between(start, found))
 
 
@@ -313,10 +318,10 @@ def _line(archive: _Archive) -> str:
 def _print_dead(instance: Instance) -> None:
     from traceserve.serving.log import last_words
 
-    print_line(
-        f"{', '.join(instance.names)} on port {instance.port} died{last_words(Path(instance.folder))}\n  its log, kept until "
-        f"the next `traceserve serve` or `traceserve stop --port {instance.port}`: {instance.log}"
-    )
+    told = f"{', '.join(instance.names)} on port {instance.port} died{last_words(Path(instance.folder))}"
+    if instance.log.is_file():
+        told += f"\n  its log, kept until the next `traceserve serve` or `traceserve stop --port {instance.port}`: {instance.log}"
+    print_line(told)
 
 
 COMMANDS = (

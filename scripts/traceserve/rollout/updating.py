@@ -121,10 +121,9 @@ def _leaving(left: str) -> Iterator[None]:
     """Let an interrupt say what it leaves behind."""
     try:
         yield
-    except Exception:
-        raise
     except BaseException as interrupt:
-        interrupt.args = (left,)
+        if not isinstance(interrupt, Exception):
+            interrupt.args = (left,)
         raise
 
 
@@ -220,8 +219,8 @@ class _Update:
         self._ask_canary(f"{self._name}/{self._version}")
         return self._verified(self._new())
 
-    def _verified(self, door: Door) -> Verification:
-        found = verify_server(door, self._archive.file, self._options.timeout, "--timeout")
+    def _verified(self, asked: AskedServer) -> Verification:
+        found = verify_server(asked, self._archive.file, self._options.timeout, "--timeout")
         if not found.passed:
             raise UpdateRefused(f"{self._name} {self._version} is not what was built: {'; '.join(found.problems)}")
         self._report(

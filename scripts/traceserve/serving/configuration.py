@@ -120,13 +120,17 @@ def demands_keys(host: str, front: FrontendOptions) -> bool:
     return front.keys and not is_only_local(host)
 
 
-def check_host(host: str) -> None:
-    """Raise ServerError for a name, but localhost."""
+def check_host(host: str, ipv6: bool) -> None:
+    """Raise ServerError for a name, but localhost; and for an IPv6 address where the engine does not listen on any."""
     try:
         if not is_only_local(host):
             ipaddress.ip_address(host)
     except ValueError:
         raise ServerError(f"--host should be an IP address or localhost, not {host}") from None
+    if ":" in host and not ipv6:
+        raise ServerError(
+            f"TorchServe binds no IPv6 address, such as --host {host}; --host 0.0.0.0 listens on IPv6 too"
+        )
 
 
 # One file of limited size. TorchServe's default writes five, and halves the throughput. The workers' output for every

@@ -24,6 +24,7 @@ from traceserve.serving.client import Address
 from traceserve.serving.engines import RAY, TORCHSERVE
 
 _KEPT = 5  # folders of dead servers kept until their failure was shown; older ones go
+_SECONDS_TO_WRITE = 600.0  # more than a state file takes
 _REPLICA = re.compile(r"ray::ServeReplica:([^:]+)")
 _READABLE = ("logs", "run")  # kept of a dead server
 CERTIFICATE_AND_KEY = "run/tls.pem"  # in a cluster's folder, for its HAProxy
@@ -56,6 +57,7 @@ class Instance:
     ticks: Optional[int] = None  # start of the process on the clock that nobody sets, see `ticks_of`
     metrics_host: str = "127.0.0.1"
     locked: bool = False  # its folder, as long as it runs
+    stopped: bool = False  # by a command, which ends it or has ended it
 
     @property
     def url(self) -> str:
@@ -86,6 +88,15 @@ class Instance:
             if self._is(process) and process.status() != psutil.STATUS_ZOMBIE:
                 return process
         return None
+
+    @property
+    def seconds_up(self) -> float:
+        """The seconds since it started, which a clock that is set does not change."""
+        started = self.started
+        with contextlib.suppress(psutil.Error):
+            process = self.process
+            started = process.create_time() if process else started
+        return max(0.0, time.time() - started)
 
     def _is(self, process: psutil.Process) -> bool:
         """Return whether this is its process, not a later one with the same pid."""
@@ -131,12 +142,28 @@ def remember(instance: Instance) -> None:
 
 def running() -> List[Instance]:
     """Return this user's running servers on this machine, by port. Nothing is removed."""
-    return [instance for instance in _remembered() if instance.process is not None]
+    return [_with_its_keys(instance) for instance in _remembered() if instance.process is not None]
+
+
+def torchserve_keys(folder: Path) -> Dict[str, str]:
+    """Return TorchServe's keys in a server's folder, by kind; raises FileNotFoundError, ValueError or KeyError until it has
+    them."""
+    found: Dict[str, Dict[str, str]] = json.loads((folder / TORCHSERVE_KEYS).read_text(encoding="utf-8"))
+    return {kind: found[kind]["key"] for kind in ("inference", "management", "API")}
+
+
+def _with_its_keys(instance: Instance) -> Instance:
+    """Return a TorchServe with the keys that it demands, also where its start was killed before they were recorded."""
+    if instance.engine == TORCHSERVE and instance.key is None:
+        with contextlib.suppress(OSError, ValueError, KeyError):  # it demands none
+            found = torchserve_keys(Path(instance.folder))
+            return dataclasses.replace(instance, key=found["inference"], management_key=found["management"])
+    return instance
 
 
 def dead() -> List[Instance]:
-    """Return the last servers that died and whose logs still exist, the latest first. Nothing is removed."""
-    return [instance for instance in _ended() if instance.log.is_file()][:_KEPT]
+    """Return the last servers that died and whose folder of logs still exists, the latest first. Nothing is removed."""
+    return [instance for instance in _ended() if instance.log.parent.is_dir()][:_KEPT]
 
 
 def tidy_dead() -> List[Instance]:
@@ -176,10 +203,14 @@ def mark_seen(instance: Instance) -> None:
 
 
 def sweep() -> None:
-    """Remove the remains of dead servers whose failure was shown."""
+    """Remove the remains of dead servers whose failure was shown, and of killed commands that wrote a state file."""
     for instance in tidy_dead():
         if instance.seen:
             _remove(instance)
+    for unfinished in _state_folder().glob(".*.new"):
+        with contextlib.suppress(OSError):
+            if time.time() - unfinished.stat().st_mtime > _SECONDS_TO_WRITE:
+                unfinished.unlink()  # it may hold keys
 
 
 def is_remembered(folder: Path) -> bool:
@@ -291,12 +322,19 @@ def stop(instance: Instance, at_once: bool = False) -> None:
     process = instance.process
     try:
         if process is not None:
+            with contextlib.suppress(OSError, NoSpace):  # only who waits for its end reads it
+                remember(dataclasses.replace(instance, stopped=True))
             stopping.end_server(process, at_once)
     finally:  # an interrupt only ends the waiting
         _end_orphans(instance)
         with contextlib.suppress(OSError):  # the next server starts without it
             java.keep_class_archive(Path(instance.folder))
         _remove(instance)
+
+
+def was_stopped(instance: Instance) -> bool:
+    """Return whether a command stopped this server that has ended: then it is forgotten, or about to be."""
+    return all(each.stopped for each in _remembered() if each.folder == instance.folder)
 
 
 def end_started_in(folder: Path) -> None:

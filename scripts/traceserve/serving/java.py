@@ -18,6 +18,8 @@ from traceserve.errors import ServerError
 from traceserve.machine import user_folders
 
 OLDEST_JAVA = 11
+_OPTION_VARIABLES = ("JAVA_TOOL_OPTIONS", "JDK_JAVA_OPTIONS", "_JAVA_OPTIONS")  # of the user's, that a JVM reads
+_COLLECTOR = re.compile(r"-XX:\+Use\w+GC\b")  # a JVM takes one
 _KEPT_UNUSED = 30 * 24 * 3600  # seconds that a class archive stays which no server started with
 
 
@@ -61,11 +63,13 @@ def _java_version(java: str) -> int:
 def jvm_options(folder: Path) -> List[str]:
     """Return options that halve the JVM's start-up time (1.06 s to 0.45 s on two cores, `docs/measurements.md`).
 
-    Only the quick compiler (which also leaves the cores to the workers), a collector without threads, and an
-    archive of the loaded classes, which the JVM of a machine's first server writes at its end. A JVM ignores an
+    Only the quick compiler (which also leaves the cores to the workers), a collector without threads unless the user chose
+    one, and an archive of the loaded classes, which the JVM of a machine's first server writes at its end. A JVM ignores an
     unknown option, or another JVM's archive.
     """
-    options = ["-XX:+IgnoreUnrecognizedVMOptions", "-XX:TieredStopAtLevel=1", "-XX:+UseSerialGC"]
+    options = ["-XX:+IgnoreUnrecognizedVMOptions", "-XX:TieredStopAtLevel=1"]
+    if not any(_COLLECTOR.search(os.environ.get(variable, "")) for variable in _OPTION_VARIABLES):
+        options.append("-XX:+UseSerialGC")
     archive = _class_archive()
     if " " in f"{folder}{archive}":  # TorchServe splits options at spaces
         return options

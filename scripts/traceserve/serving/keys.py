@@ -8,11 +8,10 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
 import secrets
 import stat
 from pathlib import Path
-from typing import Any, Dict, Optional
+from typing import Optional
 
 from traceserve_hosts.keys import given_key
 
@@ -24,13 +23,7 @@ from traceserve.serving.instances import Instance
 from traceserve.serving.update_lock import alone
 
 _KEY_BYTES = 24
-_KINDS = ("inference", "management")
-
-
-def torchserve_keys(folder: Path) -> Dict[str, str]:
-    """Return TorchServe's keys in a server's folder; raises FileNotFoundError, ValueError or KeyError until it has them."""
-    found: Dict[str, Any] = json.loads((folder / instances.TORCHSERVE_KEYS).read_text(encoding="utf-8"))
-    return {kind: found[kind]["key"] for kind in (*_KINDS, "API")}
+_KINDS = ("inference", "management")  # that a rotation makes anew
 
 
 def ray_key_file(folder: Path) -> Path:
@@ -84,7 +77,7 @@ def current(instance: Instance) -> Instance:
         if instance.engine == RAY:
             key = ray_key_file(folder).read_text(encoding="utf-8").strip()
         else:
-            found = torchserve_keys(folder)
+            found = instances.torchserve_keys(folder)
             key, management_key = found["inference"], found["management"]
         if not key:
             raise ValueError("there is an empty one")
@@ -113,7 +106,7 @@ def _rotated(instance: Instance, key: Optional[str]) -> Instance:
         raise ServerError(
             f"TorchServe, on port {instance.port}, makes its keys itself and takes none; a key of your own needs --engine ray"
         )
-    maker = dataclasses.replace(instance, management_key=torchserve_keys(folder)["API"])
+    maker = dataclasses.replace(instance, management_key=instances.torchserve_keys(folder)["API"])
     try:
         for kind in _KINDS:
             management.call(maker, "GET", f"/token?type={kind}")

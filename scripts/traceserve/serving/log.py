@@ -6,8 +6,14 @@ import re
 from pathlib import Path
 from typing import NamedTuple, Optional
 
+# A JVM writes so that it read options in the environment.
+_PICKED_UP = ("Picked up ", "NOTE: Picked up ")
+_CAUSE_ABOVE = "Invalid configuration: "  # of TorchServe's; other exceptions follow from it
+_CAUSE_BELOW = "initialization of VM"  # the JVM's reason is its next line
 # Words of a JVM or operating system for a process's end.
-_REASON = re.compile(r"\b\w*(Error|Exception)\b|[Oo]ut of memory|Killed|SIG[A-Z]+|fatal|No space left")
+_REASON = re.compile(
+    r"\b\w*(Error|Exception)\b|[Oo]ut of memory|Killed|SIG[A-Z]+|fatal|No space left|Invalid configuration: "
+)
 
 
 class LoadFailure(NamedTuple):
@@ -53,5 +59,10 @@ def last_words(folder: Path) -> str:
     logs = [folder / "logs" / name for name in ("start.log", "server.log")]
     text = "".join(log.read_text(encoding="utf-8", errors="replace") for log in logs if log.is_file())
     lines = [line.strip() for line in text.splitlines() if line.strip() and "[cds]" not in line]
-    told = [line for line in lines if _REASON.search(line)]
-    return f": {(told or lines)[-1]}" if lines else " without a message in its log"
+    lines = [line for line in lines if not line.startswith(_PICKED_UP)]
+    told = [index for index, line in enumerate(lines) if _REASON.search(line)]
+    told = [index for index in told if _CAUSE_ABOVE in lines[index]] or told or [len(lines) - 1]
+    if not lines:
+        return " without a message in its log"
+    below = lines[told[-1] + 1 : told[-1] + 2] if lines[told[-1]].endswith(_CAUSE_BELOW) else []
+    return f": {': '.join([lines[told[-1]], *below])}"

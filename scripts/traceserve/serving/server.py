@@ -25,7 +25,16 @@ from traceserve.archives import signing, staging
 from traceserve.archives.model_config import Serving
 from traceserve.errors import ServerError, last_line
 from traceserve.machine import neuron_cores
-from traceserve.serving import client, configuration, instances, java, keys, management, ray_cluster, server_lock
+from traceserve.serving import (
+    client,
+    configuration,
+    instances,
+    java,
+    killed_starts,
+    management,
+    ray_cluster,
+    server_lock,
+)
 from traceserve.serving.engines import DEFAULT_PORT, RAY, TORCHSERVE
 from traceserve.serving.front import FrontendOptions
 from traceserve.serving.instances import Instance
@@ -36,9 +45,9 @@ _SLACK = 0.5  # seconds an answer may take after the frontend's own limit
 
 _LONGEST_SOCKET_PATH = 103  # bytes, on macOS; Linux has 107
 _WARNING = re.compile(r"^\S+ +(?:WARN|ERROR) .*$", re.MULTILINE)
+_OF_ANY_ARCHIVE = "Invalid model config in mar"  # TorchServe warns so of all that leave the number of workers to it
 # Characters of a path that mean nothing else in XML, URLs, Log4j's patterns and HAProxy's configuration.
 _PLAIN = re.compile(r"[\w /.+-]*", re.ASCII)
-_FOLDER = re.compile(r"traceserve-\d+-[a-z0-9_]{8}")  # the names by _new_folder
 
 
 def start(
@@ -75,12 +84,13 @@ def start(
 
 def _started(plan: ServerPlan, trusted: Optional[signing.Trusted]) -> Instance:
     kind = SERVING_ENGINES[plan.engine]
-    configuration.check_host(plan.host)
+    configuration.check_host(plan.host, kind.ipv6)
+    instances.sweep()
+    killed_starts.end_killed_starts()  # one may hold the port
     _check_port(plan.host, plan.port)
     if plan.front.metrics_port:
         _check_port(plan.host, plan.front.metrics_port, "--metrics-port")
     plan.front.check(kind.only_rsa)
-    _sweep()
     with staging.held(_new_folder(plan.port, kind.longest_socket)) as folder, server_lock.locked(folder) as lock:
         plan = dataclasses.replace(plan, folder=folder, lock=lock)
         try:
@@ -143,27 +153,19 @@ def check_for_torchserve(archive: Archive) -> None:
 class ServingEngine(NamedTuple):
     """How an engine serves archives."""
 
+    title: str  # in messages
     launch: Callable[[ServerPlan], Instance]
     versions: bool  # it supports several versions of one name
     longest_socket: str  # below a server's folder
     scales: bool  # it changes the number of processes as requests wait
     only_rsa: bool  # its TLS reads no other private keys
+    ipv6: bool  # it listens on such addresses
 
 
 SERVING_ENGINES: Dict[str, ServingEngine] = {
-    TORCHSERVE: ServingEngine(_launch_torchserve, False, "tmp/.ts.sock.65535", False, True),
-    RAY: ServingEngine(ray_cluster.launch_cluster, True, ray_cluster.LONGEST_SOCKET, True, False),
+    TORCHSERVE: ServingEngine("TorchServe", _launch_torchserve, False, "tmp/.ts.sock.65535", False, True, False),
+    RAY: ServingEngine("Ray", ray_cluster.launch_cluster, True, ray_cluster.LONGEST_SOCKET, True, False, True),
 }
-
-
-def _sweep() -> None:
-    """Remove the remains of dead servers whose failure was shown, and of killed starts."""
-    instances.sweep()
-    for place in {Path(tempfile.gettempdir()), Path("/tmp")}:
-        if place.is_dir():
-            for left in staging.abandoned(place, _FOLDER):
-                if not instances.is_remembered(left):
-                    instances.end_started_in(left)
 
 
 def _new_folder(port: int, longest_socket: str) -> Path:
@@ -171,7 +173,7 @@ def _new_folder(port: int, longest_socket: str) -> Path:
     made: List[Path] = []
     for place in (None, "/tmp"):
         with contextlib.suppress(OSError):
-            made.append(Path(tempfile.mkdtemp(prefix=f"traceserve-{port}-", dir=place)))
+            made.append(Path(tempfile.mkdtemp(prefix=killed_starts.prefix(port), dir=place)))
             short = len(os.fsencode(made[-1] / longest_socket)) <= _LONGEST_SOCKET_PATH
             if short and all(_PLAIN.fullmatch(str(path)) for path in (made[-1], made[-1].resolve())):
                 for unused in made[:-1]:
@@ -241,7 +243,7 @@ def _with_keys(instance: Instance, timeout: float) -> Instance:
     while time.monotonic() < deadline:
         _check_alive(instance)
         with contextlib.suppress(FileNotFoundError, ValueError, KeyError):
-            found = keys.torchserve_keys(Path(instance.folder))
+            found = instances.torchserve_keys(Path(instance.folder))
             return dataclasses.replace(instance, key=found["inference"], management_key=found["management"])
         time.sleep(0.05)
     raise ServerError(f"TorchServe wrote no keys within {timeout:.0f} s")
@@ -292,7 +294,8 @@ def _wait_for_answer(
 
 def _last_warning(log: Path) -> str:
     """Return a log's last line at level WARN or ERROR, as the end of an error; empty if there is none."""
-    found = _WARNING.findall(log.read_text(encoding="utf-8", errors="replace")) if log.is_file() else []
+    text = log.read_text(encoding="utf-8", errors="replace") if log.is_file() else ""
+    found = [line for line in _WARNING.findall(text) if _OF_ANY_ARCHIVE not in line]
     return f"; its log's last warning: {found[-1].rstrip()}" if found else ""
 
 
@@ -304,4 +307,4 @@ def _check_alive(instance: Instance) -> None:
             f"the worker of {failed.name or ' or '.join(instance.names)} cannot load the archive: {failed.reason}"
         )
     if instance.process is None:
-        raise ServerError(f"the server ended{last_words(Path(instance.folder))}")
+        raise ServerError(f"{SERVING_ENGINES[instance.engine].title} ended{last_words(Path(instance.folder))}")
