@@ -132,9 +132,9 @@ class _Group:
 
     def _advance(self, widths: Sequence[Tuple[Member, int]], logits: np.ndarray, begin: bool = False) -> List[_Failed]:
         """Give each member the logits of its rows, and let it `begin` before the first ones; return those that failed."""
-        self._live, self._rows, failed = [], 0, []
         # Of all rows at once. The maximum is NaN if there is one, and -inf if no token is possible.
         sound = np.isfinite(logits.max(axis=1)).tolist()
+        self._live, self._rows, failed = [], 0, []  # not before: if that fails, the members are tried again
         for member, width in widths:
             start = self._rows
             self._rows += width
