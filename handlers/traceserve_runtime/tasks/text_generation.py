@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from functools import partial
+from functools import cached_property, partial
 from typing import Callable, Dict, List, Mapping, Optional, Sequence
 
 from traceserve_runtime.errors import InputTooLong, InvalidRequest
@@ -74,7 +74,7 @@ class TextGeneration(Generating):
         text = chat.render(template, self.manifest.facts["tokens"], request.inputs["messages"])
         return [Segments(text, fields=("messages", ""), limit=limit, special=False)]
 
-    @property
+    @cached_property
     def counted_prefix(self) -> int:
         return len(self.tokenizer.token_ids(self.manifest.facts["prefix"]))
 
