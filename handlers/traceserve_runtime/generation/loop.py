@@ -50,7 +50,6 @@ class Member:
         self.row = row
         self.beams = beams
         self.search: Optional[Search] = None
-        self.sound = True  # whether all its logits had a likeliest token
         self.error: Optional[Exception] = None  # why it could not be written
         self.done = False  # set it, and the row leaves the loop
         self.alone = False  # a step with it failed, so it is written again by itself
@@ -62,12 +61,14 @@ class Member:
             self.search = self._begin()
 
     def advance(self, logits: np.ndarray, sound: bool) -> Optional[Moves]:
-        """Return its next rows after the logits of the last ones, (rows, vocabulary), which can be chosen from if `sound`;
+        """Return its next rows after the logits of the last ones, (rows, vocabulary), each with a likeliest token if `sound`;
         None when done."""
         assert self.search is not None
-        self.sound = sound
+        if not sound:
+            self.error, self.done = failures.not_a_number(), True
+            return None
         with failures.panics():
-            moves = self.search.advance(logits) if self.sound else None
+            moves = self.search.advance(logits)
         self.done = moves is None
         return moves
 

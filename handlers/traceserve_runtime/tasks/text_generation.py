@@ -97,16 +97,11 @@ class TextGeneration(Generating):
     def streams(self, request: Request) -> bool:
         return bool(self.parameter(request, "stream"))
 
-    def decode(self, request: Request, rows: Sequence[Row], outputs: Sequence[Arrays]) -> Json:
-        ids = outputs[0]["tokens"].tolist()
+    def value(self, request: Request, text: str, details: Details) -> Json:
         if self.streams(request):
-            return self.text(ids)
-        details = self.answered_details(request, rows, outputs) if self.parameter(request, "details") else None
-        return self._value(request, self.text(ids), details)
-
-    def _value(self, request: Request, written: str, details: Optional[Details]) -> Json:
+            return text
         told = {"details": details} if self.parameter(request, "details") else {}
-        return [{"generated_text": self._whole(request, written), **told}]
+        return [{"generated_text": self._whole(request, text), **told}]
 
     def continues(self, request: Request) -> bool:
         # A chat's new message follows no word.
@@ -128,8 +123,7 @@ class TextGeneration(Generating):
         ids = outputs[0]["tokens"].tolist()
         written = continuation.of(ids, decode(ids))
         details = self._continued(answer.details or {}, tail)
-        value = written if self.streams(request) else self._value(request, written, details)
-        return replace(answer, value=value, details=details)
+        return replace(answer, value=self.value(request, written, details), details=details)
 
     def _continued(self, details: Details, tail: Sequence[int]) -> Details:
         """Return details in which the first token's text, and those of the others at its position, continue the prompt's."""
