@@ -249,7 +249,7 @@ class Generating(Task):
         decode = self.decoding(job.request)
         alone = WrittenText(decode, self.tokenizer.decodes_locally).of if one else decode
         continued = _continuing(decode, self.tail(prompt), alone)
-        told = self._told(job, continued if self.continues(job.request) else alone)
+        told = self._told(job, continued if self.follows_a_word(job.request) else alone)
         searched = continued if job.request.continues else self._spelled(prompt, growing=one)
         return search_for(prompt, settings, self._ends(job.request, prompt, searched), told)
 
@@ -356,8 +356,8 @@ class Generating(Task):
         """Return the end of the prompt, which new tokens continue."""
         return []
 
-    def continues(self, request: Request) -> bool:
-        """Return whether the request's text is returned as it continues its prompt's."""
+    def follows_a_word(self, request: Request) -> bool:
+        """Return whether the request asks for its text as it continues its prompt's, and that one may end in a word."""
         return False
 
     def decoding(self, request: Request) -> Callable[[Sequence[int]], str]:

@@ -103,7 +103,7 @@ class TextGeneration(Generating):
         told = {"details": details} if self.parameter(request, "details") else {}
         return [{"generated_text": self._whole(request, text), **told}]
 
-    def continues(self, request: Request) -> bool:
+    def follows_a_word(self, request: Request) -> bool:
         # A chat's new message follows no word.
         return request.continues and ("text" in request.inputs or request.inputs["messages"][-1]["role"] == "assistant")
 
@@ -115,7 +115,7 @@ class TextGeneration(Generating):
     def continuation(
         self, request: Request, rows: Sequence[Row], outputs: Sequence[Arrays], answer: Answer
     ) -> Optional[Answer]:
-        tail = self.tail(self.prompt(rows[0])) if self.continues(request) else []
+        tail = self.tail(self.prompt(rows[0])) if self.follows_a_word(request) else []
         decode = self.decoding(request)
         continuation = Continuation(decode, tail)
         if not continuation.before and request.clean_up:
