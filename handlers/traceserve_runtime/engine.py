@@ -232,9 +232,8 @@ class Engine:
             arrays.append(output)
 
         def decode() -> Answer:
-            value = self.task.answer(request, encoded.rows, arrays)
-            tokens = sum(row.length for row in encoded.rows)
-            answer = Answer(value, encoded.unseen, tokens, self.task.details(request, encoded.rows, arrays))
+            value, details = self.task.answer(request, encoded.rows, arrays)
+            answer = Answer(value, encoded.unseen, sum(row.length for row in encoded.rows), details)
             if not request.continues:
                 return answer
             return replace(answer, continuation=self.task.continuation(request, encoded.rows, arrays, answer))
