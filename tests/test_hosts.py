@@ -61,8 +61,9 @@ from traceserve_hosts.routing import Router, may_stream, messages
 from traceserve_runtime import service as core
 from traceserve_runtime.batching.batches import Stats
 from traceserve_runtime.engine import Engine, Work
-from traceserve_runtime.errors import InvalidManifest
+from traceserve_runtime.errors import InvalidManifest, NotFound
 from traceserve_runtime.manifest import Manifest, sha256
+from traceserve_runtime.protocols import PROTOCOLS, protocol_of
 from traceserve_runtime.protocols.bodies import Headers
 from traceserve_runtime.service import Call, Exchange, Reply, Service, Session
 from traceserve_runtime.tasks import TASKS
@@ -712,6 +713,27 @@ def test_beyond_the_loopback_address_a_key_has_to_be_set(
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
     assert words in (web.main(["nowhere.mar", *options]) or "")
+
+
+@pytest.mark.parametrize("prefix", ["", "predictions/small/1.0/"])
+@pytest.mark.parametrize(
+    "path",
+    [
+        *filter(None, PROTOCOLS),
+        "v1/models/small:predict",
+        "v1/models/small:explain",
+        "models/small:predict",
+        "v2/models/small",
+        "v2/models/small/infer",
+        "v2/repository/index",
+        "nothing",
+    ],
+)
+def test_a_hosts_refusal_has_the_format_of_the_paths_own_errors(path: str, prefix: str, classifier: Service) -> None:
+    headers = Headers(path=path)
+    own = protocol_of(headers).error(NotFound("no"), {"body": b""}, headers, classifier.served).document
+    refusal = asgi.Refused(404, "NotFound", "no").document(f"/{prefix}{path}")
+    assert isinstance(refusal["error"], str) is (own == {"error": "no"})
 
 
 def test_another_method_is_refused(classifier: Service) -> None:

@@ -54,8 +54,8 @@ Send = Callable[[Message], Awaitable[None]]
 Asgi = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 LIVENESS = ("/live", "/v2/health/live")
-# KServe's paths; the ranking below v2 is Cohere's.
-_OF_KSERVE = re.compile("/*(predictions/[^/]+/[^/]+/)?(v2/(?!rerank/*$)|(v1/)?models/.*:)")
+# KServe's paths; the ranking below v2 is Cohere's. As the archive's own protocols have it, which has not read such a request.
+_OF_KSERVE = re.compile("/*(predictions/[^/]+/[^/]+/)?(v2(?!/+rerank/*$)(/|$)|(v1/)?models/.*:[^/]*/*$)")
 _METHODS = ("GET", "POST", "HEAD")
 _SECONDS_OF_LIVENESS = 1.5  # that a canary has; later the queue's progress decides
 _SECONDS_OF_HEALTH = 1.0  # that a canary's answer holds

@@ -24,7 +24,7 @@ from traceserve_runtime.mirror import Mirror
 from traceserve_runtime.pending import Pending
 from traceserve_runtime.protocols import protocol_of
 from traceserve_runtime.protocols.bodies import Headers
-from traceserve_runtime.protocols.contract import Body, Document, Protocol, Served
+from traceserve_runtime.protocols.contract import Body, Document, ErrorFormat, Protocol, Served
 from traceserve_runtime.streaming import Stream
 from traceserve_runtime.tasks.contract import Answer, Request, Task, WrittenToken
 
@@ -121,12 +121,12 @@ class Service:
         if isinstance(result, TraceserveError) and exchange.begun:
             stats.count_error(result)
             result = exchange.ended(result)
-        return self.reply(exchange.call, exchange.protocol, result, stats)
+        return self.reply(exchange.call, exchange.errors, result, stats)
 
-    def reply(self, call: Call, protocol: Protocol, result: _Result, stats: Stats) -> Reply:
-        """Return the response to a call."""
+    def reply(self, call: Call, errors: ErrorFormat, result: _Result, stats: Stats) -> Reply:
+        """Return the response to a call, whose errors have this format."""
         if isinstance(result, TraceserveError):
-            return self._failed(call, protocol, result, stats)
+            return self._failed(call, errors, result, stats)
         unseen = {i: answer.unseen for i, answer in enumerate(result.answers) if answer.unseen}
         headers = {**result.document.headers, **_truncated(unseen)}
         try:
@@ -134,7 +134,7 @@ class Service:
         except Exception as error:  # the edge of one request: an answer that is not JSON
             unexpected = failures.unexpected(error, "it wrote this answer")
             failures.log([unexpected])
-            return self._failed(call, protocol, unexpected, stats)
+            return self._failed(call, errors, unexpected, stats)
 
     def show(self, exchange: Exchange, result: _Result) -> None:
         """Show a call's requests and answers in the mirror; predictions alone, since these are compared."""
@@ -143,10 +143,10 @@ class Service:
         if not any(request.explain for request in exchange.requests):
             self.mirror.show((self.served.name, self.served.version), exchange.requests, result.answers)
 
-    def _failed(self, call: Call, protocol: Protocol, error: TraceserveError, stats: Stats) -> Reply:
+    def _failed(self, call: Call, errors: ErrorFormat, error: TraceserveError, stats: Stats) -> Reply:
         stats.count_error(error)
         try:
-            refusal = protocol.error(error, call.parts, call.headers, self.served)
+            refusal = errors.error(error, call.parts, call.headers, self.served)
             return Reply(_encoded(refusal.document), status=refusal.status, phrase=refusal.phrase)
         except Exception as another:  # the edge of one request: not even its error fits its own format
             failures.log([failures.unexpected(another, "it wrote this error")])
@@ -195,7 +195,7 @@ class Exchange:
         self, call: Call, protocol: Protocol, body: Union[Body, Document, TraceserveError], send: Optional[SendPiece]
     ) -> None:
         self.call = call
-        self.protocol = protocol
+        self.errors: ErrorFormat = (body.errors if isinstance(body, Body) else None) or protocol
         self.reply: Optional[Reply] = None  # once answered
         self.requests: Sequence[Request] = body.requests if isinstance(body, Body) else ()
         self.pending: List[Pending] = []  # of its requests
