@@ -186,7 +186,8 @@ def _answer_or_refusal(
 def expected_answer(task: Task, reference: Reference, sample: Request, encoded: Encoded) -> Json:
     """Return the original's answer: its outputs for each row, decoded by the task; raises TraceserveError."""
     outputs = [_expected(task, reference, row, sample) for row in encoded.rows]
-    return task.answer(sample, encoded.rows, outputs)
+    answer, _ = task.answer(sample, encoded.rows, outputs)
+    return answer
 
 
 def _expected(task: Task, reference: Reference, row: Row, sample: Request) -> Arrays:
