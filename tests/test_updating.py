@@ -10,7 +10,7 @@ import socket
 import threading
 import time
 from pathlib import Path
-from typing import Any, AsyncIterator, Callable, Dict, Iterator, List
+from typing import Any, AsyncGenerator, Callable, Dict, Iterator, List
 
 import pytest
 from conftest import run_export, served_over_http
@@ -54,7 +54,7 @@ def serve(processes: Any, archives: Path) -> Iterator[Callable[..., Instance]]: 
         def started(**served: str) -> Instance:
             applications: Dict[str, Any] = {}
 
-            async def ask(name: str, version: str, scope: Scope, body: bytes) -> AsyncIterator[Message]:
+            async def ask(name: str, version: str, scope: Scope, body: bytes) -> AsyncGenerator[Message, None]:
                 async for message in messages(applications[version], scope, body):
                     yield message
 
