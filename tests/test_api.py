@@ -6,6 +6,7 @@ import gc
 import os
 import random
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -18,6 +19,7 @@ import numpy as np
 import pytest
 import torch
 import traceserve
+from safetensors.torch import load_file, save_file
 from traceserve.building.writers.tracing.wrapping import as_traced
 from traceserve.checking.explaining import explain_archive
 from traceserve.errors import ConfigError, ExportError
@@ -55,6 +57,19 @@ def test_what_was_built(archive: traceserve.BuiltArchive) -> None:
     assert archive.manifest.receipt["answers"] >= 2
     assert archive.manifest.receipt["golden"]["own_samples"] == 2
     assert archive.report["name"] == "colours"
+    assert archive.note is None and archive.report["note"] is None
+
+
+def test_the_notes_on_a_checkpoint(checkpoint: Make, tmp_path: Path) -> None:
+    """Weights that the model does not read are in the receipt too."""
+    source = shutil.copytree(checkpoint("bert"), tmp_path / "copy")
+    weights = load_file(source / "model.safetensors")
+    save_file({**weights, "crf.transitions": torch.zeros(2)}, source / "model.safetensors", {"format": "pt"})
+    made = traceserve.build(
+        source, store=tmp_path, output=tmp_path / "x", task="sequence_classification", max_length=24
+    )
+    told = made.manifest.receipt["unread_weights"]
+    assert "does not read: crf.transitions;" in told and told in (made.note or "") and made.report["note"] == made.note
 
 
 def test_it_answers_as_a_server(archive: traceserve.BuiltArchive) -> None:

@@ -16,6 +16,7 @@ from traceserve.errors import SourceError, some
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+UNREAD_WEIGHTS = "unread_weights"  # in the receipt: the note on them
 # Beginnings of dtypes' names, safetensors' and torch's.
 _INTEGERS = ("I", "U", "BOOL", "torch.int", "torch.uint", "torch.bool")
 _BELOW_16_BITS = ("F8", "F6", "F4", "torch.float8", "torch.float4")
