@@ -190,6 +190,18 @@ def test_block_sparse_attention(checkpoint: Make, tmp_path: Path) -> None:
     assert original(whole, max_length=160).max_length == 160
 
 
+@pytest.mark.skipif(not NEW, reason="since transformers 5 in rope_parameters")
+def test_rotations_that_change_with_the_length(checkpoint: Make) -> None:
+    """A generator keeps the keys of earlier tokens."""
+    factors = {"short_factor": [1.0] * 4, "long_factor": [1.5, 3.0, 5.0, 9.0], "rope_theta": 10000.0}
+    rope = {"rope_type": "longrope", "original_max_position_embeddings": 100, **factors}
+    folder = checkpoint("phi3", "AutoModelForCausalLM", rope_parameters=rope, original_max_position_embeddings=100)
+    assert original(folder, task="text_generation").max_length == 100
+    assert original(folder, task="text_generation", max_length=100).max_length == 100
+    with pytest.raises(ConfigError, match=r"from 101 tokens on \(longrope\), .*; set max_length to 100$"):
+        original(folder, task="text_generation", max_length=101)
+
+
 def test_the_attention_of_a_model_that_was_loaded_is_to_all(checkpoint: Make) -> None:
     model = original(checkpoint("big_bird")).model
     assert {getattr(module, "attention_type", "original_full") for module in model.modules()} == {"original_full"}
@@ -824,6 +836,23 @@ def test_what_the_configuration_spoils_is_blamed_on_it(change: Dict[str, Any], t
     folder = copy("bert")
     change_json(folder / "config.json", **change)
     with pytest.raises(SourceError, match=told):
+        original(folder)
+
+
+@pytest.mark.skipif(not NEW, reason="transformers 4 prunes")
+def test_pruned_heads_are_named(copy: Make) -> None:
+    folder = changed(copy("bert"), lambda name, weight: {name: weight[:24].clone() if "self.query" in name else weight})
+    change_json(folder / "config.json", pruned_heads={"0": [1]})
+    with pytest.raises(SourceError, match="; it has pruned_heads, .*: build with transformers 4.57$"):
+        original(folder)
+
+
+@pytest.mark.skipif(not NEW, reason="transformers 4 may read it")
+def test_an_old_number_of_labels_is_named(copy: Make) -> None:
+    folder = copy("bert", **COLORS)
+    facts = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    write_json(folder / "config.json", {**{k: v for k, v in facts.items() if "label" not in k}, "_num_labels": 3})
+    with pytest.raises(SourceError, match='; it has _num_labels, .*: add "num_labels": 3 to a copy of it$'):
         original(folder)
 
 

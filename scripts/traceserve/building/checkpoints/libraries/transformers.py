@@ -80,10 +80,8 @@ def _refusal(error: Exception, config: SetupConfig, checkpoint: Checkpoint, auto
     if "mismatch" in str(error):
         other = _other_sizes(read)
         if other:
-            return (
-                f"{name}: its config.json does not fit its weights, which have other sizes: {some(other)}; take the config.json "
-                "that was saved with these weights"
-            )
+            advice = _old_key(checkpoint) or "take the config.json that was saved with these weights"
+            return f"{name}: its config.json does not fit its weights, which have other sizes: {some(other)}; {advice}"
     why = first_line(error)
     if checkpoint.gguf_file:
         return f"{name} cannot be loaded as {auto_model}: {why}"
@@ -93,6 +91,16 @@ def _refusal(error: Exception, config: SetupConfig, checkpoint: Checkpoint, auto
     if head_weights.configuration_fault(config, checkpoint.folder, auto_model) == why:  # without weights too
         return f"{name} cannot be loaded as {auto_model}, which its config.json does not make: {why}"
     return f"{name} cannot be loaded as {auto_model}: {why}"
+
+
+def _old_key(checkpoint: Checkpoint) -> str:
+    """Return what to do about a key of config.json that transformers no longer reads, and the sizes depend on; empty without."""
+    facts = checkpoint.read_object("config.json") or {}
+    if facts.get("pruned_heads"):
+        return "it has pruned_heads, which transformers 5 does not read: build with transformers 4.57"
+    if "_num_labels" in facts and not facts.keys() & {"num_labels", "id2label"}:
+        return f'it has _num_labels, which only old versions read: add "num_labels": {facts["_num_labels"]} to a copy of it'
+    return ""
 
 
 def _other_sizes(read: Read) -> List[str]:
