@@ -113,7 +113,7 @@ def _compare(auto_model: str, model: PreTrainedModel, stored: Mapping[str, Shape
     """`parts` are the first components of the base model's weight names, which may have a prefix."""
     prefix = f"{model.base_model_prefix}."
     own = _own_weights(model, prefix)
-    found = {plain_name(name, prefix): shape for name, shape in stored.items()}
+    found = {name_in_base(name, prefix): shape for name, shape in stored.items()}
     known = {name for names in own for name in names}
     outside = [name for name in found if _part(name) not in parts and not _is_harmless(name)]
     extra = [name for name in outside if name not in known]
@@ -128,7 +128,7 @@ def _own_weights(model: PreTrainedModel, prefix: str) -> List[Dict[str, Shape]]:
     # torch 1.13 has no named_parameters(remove_duplicate=False).
     for path, module in model.named_modules(remove_duplicate=False):
         for name, parameter in module.named_parameters(recurse=False):
-            own_name = plain_name(f"{path}.{name}".lstrip("."), prefix)
+            own_name = name_in_base(f"{path}.{name}".lstrip("."), prefix)
             tied.setdefault(id(parameter), {})[own_name] = tuple(parameter.shape)
     return list(tied.values())
 
@@ -168,7 +168,7 @@ def changing_answers(unread: Iterable[str], model: PreTrainedModel, with_head: b
     """
     prefix = f"{model.base_model_prefix}."
     parts = {name for name, _ in model.named_children()}
-    names = {name: plain_name(name, prefix) for name in unread}
+    names = {name: name_in_base(name, prefix) for name in unread}
     return sorted(
         name
         for name, plain in names.items()
@@ -185,7 +185,7 @@ def _is_fit(auto_model: str, facts: Mapping[str, object]) -> bool:
     return auto_model != QUESTION or len(label_names(facts)) == 2
 
 
-def plain_name(name: str, prefix: str) -> str:
+def name_in_base(name: str, prefix: str) -> str:
     """Return a weight's name without the base model's prefix, with a norm's names since 2019."""
     name = name[len(prefix) :] if name.startswith(prefix) else name
     for old, new in ((".gamma", ".weight"), (".beta", ".bias")):

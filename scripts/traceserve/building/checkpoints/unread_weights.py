@@ -80,10 +80,10 @@ def _codes(folder: Path, unread: Collection[str], model: PreTrainedModel) -> Ite
     prefix = f"{model.base_model_prefix}."
     made: Dict[str, bool] = {}
     for name, tensor in (*model.named_buffers(), *model.named_parameters()):
-        made[head_weights.plain_name(name, prefix)] = tensor.is_floating_point()
+        made[head_weights.name_in_base(name, prefix)] = tensor.is_floating_point()
     scaled = {name.rpartition(".")[0] for name in unread if "scale" in name.rpartition(".")[2]}
     for name, weight in head_weights.stored_weights(folder).items():
-        if name in unread or not made.get(head_weights.plain_name(name, prefix), name.endswith(".weight")):
+        if name in unread or not made.get(head_weights.name_in_base(name, prefix), name.endswith(".weight")):
             continue
         scale = name.rpartition(".")[0] in scaled
         if weight.dtype.startswith(_INTEGERS) or (scale and weight.dtype.startswith(_BELOW_16_BITS)):
@@ -93,10 +93,10 @@ def _codes(folder: Path, unread: Collection[str], model: PreTrainedModel) -> Ite
 def _inside_layers(unread: Sequence[str], model: PreTrainedModel) -> Iterator[str]:
     """Yield the weights that belong to layers of the model, which have a number, and are none of its buffers."""
     prefix = f"{model.base_model_prefix}."
-    modules = {head_weights.plain_name(name, prefix) for name, _ in model.named_modules()}
-    buffers = {head_weights.plain_name(name, prefix) for name, _ in model.named_buffers()}
+    modules = {head_weights.name_in_base(name, prefix) for name, _ in model.named_modules()}
+    buffers = {head_weights.name_in_base(name, prefix) for name, _ in model.named_buffers()}
     for name in unread:
-        plain = head_weights.plain_name(name, prefix)
+        plain = head_weights.name_in_base(name, prefix)
         layer = _LAYER.match(plain)
         if layer and layer.group() in modules and plain not in buffers:
             yield name
