@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import json
 import os
 import random
 import re
@@ -20,6 +21,7 @@ import pytest
 import torch
 import traceserve
 from safetensors.torch import load_file, save_file
+from traceserve.archives.reports import report_file
 from traceserve.building.writers.tracing.wrapping import as_traced
 from traceserve.checking.explaining import explain_archive
 from traceserve.errors import ConfigError, ExportError
@@ -35,6 +37,8 @@ def archive(checkpoint: Make, tmp_path_factory: pytest.TempPathFactory) -> trace
     folder = tmp_path_factory.mktemp("api")
     labels = {0: "red", 1: "green", 2: "blue"}
     told: List[str] = []
+    (folder / "store").mkdir()
+    (folder / "store" / "colours.report.json").write_text('{"golden_p50_ms": 12.5}')
     made = traceserve.build(
         str(checkpoint("bert", id2label=labels)),
         task="text-classification",
@@ -58,6 +62,8 @@ def test_what_was_built(archive: traceserve.BuiltArchive) -> None:
     assert archive.manifest.receipt["golden"]["own_samples"] == 2
     assert archive.report["name"] == "colours"
     assert archive.note is None and archive.report["note"] is None
+    for made in (archive.path, archive.path.parent.parent / "colours"):  # beside both, in place of an earlier build's
+        assert json.loads(report_file(made).read_text()) == archive.report
 
 
 def test_the_notes_on_a_checkpoint(checkpoint: Make, tmp_path: Path) -> None:

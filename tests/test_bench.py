@@ -25,7 +25,7 @@ from traceserve.errors import ConfigError, ServerError
 from traceserve.measuring import bench, targets
 from traceserve.measuring import page as report
 from traceserve.measuring.bench import BenchPlan, measure
-from traceserve.measuring.targets import subject, traffic
+from traceserve.measuring.targets import bench_target, traffic
 from traceserve.serving import configuration, instances, server
 from traceserve.serving.instances import Instance
 from traceserve_runtime.errors import TraceserveError
@@ -126,7 +126,7 @@ def test_the_command_on_a_real_server(served: Instance, samples_file: Path, tmp_
 def test_what_the_servers_counters_mean(served: Instance, samples: OwnSamples) -> None:
     """The queue's time holds the delay in which a batch may fill, and the handler's time the model's."""
     plan = BenchPlan(connections=(2,), seconds=2.0, warm_up=0.5)
-    document = measure([subject("patient", samples)], plan, "texts.txt", quietly)
+    document = measure([bench_target("patient", samples)], plan, "texts.txt", quietly)
     [one] = document["summary"]
     parts = one["server"]["time_ms"]
     assert 950 * DELAY < parts["queue"] < one["latency_ms"]["mean"] and one["latency_ms"]["p50"] > 950 * DELAY
@@ -142,7 +142,7 @@ def test_what_the_servers_counters_mean(served: Instance, samples: OwnSamples) -
 def test_an_open_loop_on_a_real_server(served: Instance, samples: OwnSamples) -> None:
     """Whatever the delay of the batches, requests come at their rate."""
     plan = BenchPlan(connections=(1,), rate=40.0, seconds=2.0, warm_up=0.5)
-    document = measure([subject("patient", samples)], plan, "texts.txt", quietly)
+    document = measure([bench_target("patient", samples)], plan, "texts.txt", quietly)
     [one] = document["summary"]
     assert one["requests"] == pytest.approx(80, abs=36) and one["most_connections"] > 2
     latency, where = plots(report.page(document))  # none over connections
@@ -151,13 +151,13 @@ def test_an_open_loop_on_a_real_server(served: Instance, samples: OwnSamples) ->
 
 
 def test_names_and_urls_of_our_servers(served: Instance, samples: OwnSamples) -> None:
-    by_name, by_url = subject("quick", samples), subject(f"{served.url}/predictions/quick", samples)
+    by_name, by_url = bench_target("quick", samples), bench_target(f"{served.url}/predictions/quick", samples)
     assert by_name.target.url == by_url.target.url and by_name.metrics == by_url.metrics is not None
-    assert subject("quick", samples, served.port).target == by_name.target
+    assert bench_target("quick", samples, served.port).target == by_name.target
     with pytest.raises(ServerError, match="no server of traceserve serves other, but patient, quick"):
-        subject("other", samples)
+        bench_target("other", samples)
     with pytest.raises(ServerError, match=f"port {served.port} has no other, but quick, patient"):
-        subject("other", samples, served.port)
+        bench_target("other", samples, served.port)
 
 
 def test_a_sample_that_the_server_refuses(served: Instance, tmp_path: Path) -> None:
@@ -172,7 +172,7 @@ def test_a_sample_that_the_server_refuses(served: Instance, tmp_path: Path) -> N
 
 def test_two_servers_in_turn(samples: OwnSamples) -> None:
     with serving(after(0.02)) as fast, serving(after(0.06)) as slow:
-        asked = [subject(fast.url, samples), subject(slow.url, samples)]
+        asked = [bench_target(fast.url, samples), bench_target(slow.url, samples)]
         document = measure(asked, BenchPlan(connections=(2,), seconds=0.4, warm_up=0.1, rounds=3), "texts.txt", quietly)
     [ratio] = document["ratios"]
     assert ratio["throughput"] == pytest.approx(3, rel=0.3)
@@ -186,8 +186,8 @@ def test_two_servers_in_turn(samples: OwnSamples) -> None:
 
 def test_what_is_sent(samples: OwnSamples) -> None:
     with serving(at_once) as asked:
-        targets.check_answer(subject(asked.url, samples, body='{"input": ["{text}"]}', headers={"X-Key": "7"}))
-        targets.check_answer(subject(asked.url, samples))
+        targets.check_answer(bench_target(asked.url, samples, body='{"input": ["{text}"]}', headers={"X-Key": "7"}))
+        targets.check_answer(bench_target(asked.url, samples))
         assert json.loads(asked.bodies[0]) == {"input": [TEXTS[0]]} and asked.bodies[1] == TEXTS[0].encode()
         assert "content-type: application/json\r\n" in asked.heads[0].lower() and "x-key: 7" in asked.heads[0].lower()
         assert "content-type: text/plain; charset=utf-8\r\n" in asked.heads[1].lower()
@@ -243,6 +243,7 @@ def test_what_is_wrong_is_told_at_once(samples_file: Path, tmp_path: Path, monke
             "--body is for URLs, not for quick; for a name, put request bodies into a .jsonl",
         ),
         (["quick", "--compare", "slow", "--body", "{x"], "--body is for URLs, not for quick and slow"),
+        (["http://x/", "--port", "8080"], "--port is for names; a URL has its own"),
         (["quick", "--header", "a: b"], "--header is for URLs, not for quick; the key of a named server is known"),
         (["http://x/", "--compare-body", "{x"], "--compare-body is for the other server; name it with --compare"),
         (["http://x/", "--compare", "slow", "--compare-body", "{x"], "--compare-body is for URLs, not for slow"),
@@ -277,7 +278,7 @@ def test_errors_are_told(samples: OwnSamples, samples_file: Path, tmp_path: Path
     with serving(once) as gone, pytest.raises(
         ServerError, match="answered no request in 0.2 s: .* times connection closed"
     ):
-        measure([subject(gone.url, samples)], BenchPlan(seconds=0.2, warm_up=0.0), "texts.txt", quietly)
+        measure([bench_target(gone.url, samples)], BenchPlan(seconds=0.2, warm_up=0.0), "texts.txt", quietly)
 
 
 def test_what_was_measured_is_printed_where_a_file_fails(
@@ -300,7 +301,7 @@ def test_what_makes_figures_less_than_they_seem_is_told(samples: OwnSamples, mon
     told = {}
     for delay, rate in ((0.05, 60.0), (0.3, 2.0)):
         with serving(after(delay)) as slow:
-            document = measure([subject(slow.url, samples)], BenchPlan((1,), rate, 1.0, 0.0), "texts.txt", quietly)
+            document = measure([bench_target(slow.url, samples)], BenchPlan((1,), rate, 1.0, 0.0), "texts.txt", quietly)
         [one] = document["summary"]
         told[rate] = list(notes(one, 1.0))
     [note] = told[60.0]
@@ -311,7 +312,7 @@ def test_what_makes_figures_less_than_they_seem_is_told(samples: OwnSamples, mon
 
 def test_a_span_of_few_slow_requests_is_told(samples: OwnSamples) -> None:
     with serving(after(0.3)) as slow:
-        document = measure([subject(slow.url, samples)], BenchPlan((1,), None, 1.0, 0.0), "texts.txt", quietly)
+        document = measure([bench_target(slow.url, samples)], BenchPlan((1,), None, 1.0, 0.0), "texts.txt", quietly)
     [note] = notes(document["summary"][0], 1.0)
     assert note.startswith("a request takes 0.3") and "--seconds 4 or more measures them" in note
 
@@ -331,7 +332,9 @@ def plots(page: str) -> List[Dict[str, Any]]:
 
 def test_the_page_needs_nothing_else_and_shows_what_was_measured(samples: OwnSamples) -> None:
     with serving(after(0.005)) as asked:
-        document = measure([subject(asked.url, samples)], BenchPlan((1, 2), None, 0.3, 0.0), "<texts>.txt", quietly)
+        document = measure(
+            [bench_target(asked.url, samples)], BenchPlan((1, 2), None, 0.3, 0.0), "<texts>.txt", quietly
+        )
     page = report.page(document)
     assert not re.findall(r"<(?:script|link|img|iframe)[^>]+(?:src|href)=", page)
     assert "&lt;texts&gt;.txt" in page and "<texts>" not in page
@@ -371,7 +374,7 @@ def test_both_servers_get_the_samples_of_a_pipe(tmp_path: Path) -> None:
 
 def test_one_url_asked_twice_has_two_labels(samples: OwnSamples) -> None:
     with serving(at_once) as asked:
-        two = [subject(asked.url, samples), subject(f"{asked.url}?top_k=1", samples)]
+        two = [bench_target(asked.url, samples), bench_target(f"{asked.url}?top_k=1", samples)]
         document = measure(two, BenchPlan((1,), None, 0.1, 0.0), "texts.txt", quietly)
     label = two[0].label
     assert document["subjects"] == [label, f"{label} (2)"] and document["ratios"]

@@ -462,6 +462,17 @@ def test_a_compressed_body_without_its_header_is_told_so() -> None:
     assert "Content-Encoding: gzip" in refusal({"body": gzip.compress(b'"a"')}, Headers("application/json")).message
 
 
+def test_a_large_form_is_compared_with_its_length_at_once() -> None:
+    """Byte by byte it took a second, in which a worker answered nobody."""
+    text = "Où est la gare? " * (1 << 18)
+    length = len("text=") + len(text) + text.count("ù") + 2 * (2 * text.count("ù") + text.count("?"))
+    began = time.process_time()
+    body = read({"text": text}, Headers("application/x-www-form-urlencoded", length))
+    assert texts(body) == [text] and time.process_time() - began < 0.4
+    with pytest.raises(InvalidRequest, match="only a part arrived"):
+        read({"text": text}, Headers("application/x-www-form-urlencoded", length + 3))
+
+
 def test_a_compressed_form_is_refused() -> None:
     assert refusal({"text": b"a"}, Headers(MULTIPART, content_encoding="gzip")).status == 415
 

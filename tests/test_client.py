@@ -12,13 +12,17 @@ import sys
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from socketserver import StreamRequestHandler, ThreadingTCPServer
 from typing import Any, Callable, Iterator, List, Tuple
 
 import pytest
 import trustme
 from traceserve.errors import ServerError
+from traceserve.measuring.load_generator import Endpoint
+from traceserve.measuring.targets import TEXT, BenchTarget, Traffic, check_answer
 from traceserve.serving import client, configuration
 from traceserve.serving.client import Address
+from traceserve.serving.metrics import metrics_of
 
 DEEP = b'{"error": ' + b"[" * 200_000
 
@@ -236,3 +240,32 @@ def test_a_character_in_two_pieces_of_a_stream_is_whole() -> None:
         finally:
             server.shutdown()
     assert found == ["gr", "üße"]
+
+
+@contextlib.contextmanager
+def sending(content: bytes) -> Iterator[str]:
+    """Yield the URL of a server that sends these bytes in place of an answer, and ends the connection."""
+
+    class Handler(StreamRequestHandler):
+        def handle(self) -> None:
+            while self.rfile.readline() not in (b"\r\n", b""):
+                pass
+            self.wfile.write(content)
+
+    with ThreadingTCPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, args=(0.01,)).start()
+        try:
+            yield f"http://127.0.0.1:{server.server_address[1]}"
+        finally:
+            server.shutdown()
+
+
+@pytest.mark.parametrize("content", [b"HTTP/1.1 200 OK\r\nContent-Length: 100\r\n\r\nts_in", b"nonsense\r\n\r\n"])
+def test_an_answer_that_breaks_off_is_no_answer(content: bytes) -> None:
+    """Python's HTTPException is no OSError, which callers expect of a server that ends."""
+    with sending(content) as url:
+        with pytest.raises(OSError, match="no whole answer: "):
+            list(metrics_of(url))
+        asked = BenchTarget("a", Endpoint(url, {}), Traffic((b"text",), TEXT))
+        with pytest.raises(ServerError, match="a cannot be reached: "):
+            check_answer(asked)

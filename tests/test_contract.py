@@ -313,7 +313,7 @@ def test_an_output_that_is_no_number_is_no_answer(task: Counting, value: float, 
     request = Request({"text": "one|two"})
     rows = rows_of(task.encode([request])[0])
     outputs: List[Arrays] = [{"lengths": np.float32(3)}, {"lengths": np.float32(4)}]  # type: ignore[dict-item]
-    assert task.answer(request, rows, outputs) == [[3], [4]]
+    assert task.answer(request, rows, outputs) == ([[3], [4]], None)
     outputs[place] = {"lengths": np.float32(value)}  # type: ignore[dict-item]
     with pytest.raises(ModelFailure, match="not a number"):
         task.answer(request, rows, outputs)

@@ -53,8 +53,8 @@ def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
 
 def test_help_lists_the_targets() -> None:
     """The text stands in the command, so that --help of others needs to import no target."""
-    for name, target in TARGETS.items():
-        assert f"  {name:<11} {target.text}\n" in deploy._TEXT
+    for name in TARGETS:
+        assert f"\n  {name:<11} " in deploy._TEXT
     assert deploy._TEXT.count("\n  ") - deploy._TEXT.count("\n  traceserve") == len(TARGETS)
 
 

@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import sys
 import time
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, Callable, List, Optional, Tuple
+from typing import Any, Callable, List, Optional, TextIO, Tuple
 
 import pytest
 from conftest import run_export
@@ -40,6 +41,12 @@ def other(checkpoint: Callable[..., Path], tmp_path_factory: pytest.TempPathFact
     return folder
 
 
+def archives_compared(drift: float) -> ArchiveComparison:
+    """Two equal archives, but for their scores."""
+    side = Side("x", 1, 1.0, 1.0, 1.0)
+    return ArchiveComparison((side, side), "x", 1, False, (), (), (), 1, (), (), 0.0, drift, 1e-4)
+
+
 def test_an_archive_equals_itself(mar: Path, artifact: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Packed or not."""
     assert cli.main(["diff", str(mar), str(artifact), "--json"]) == 0
@@ -65,6 +72,29 @@ def test_another_model(mar: Path, other: Path, tmp_path: Path, capsys: pytest.Ca
     assert (tmp_path / "earlier.html").read_text() == "earlier"  # replaced, not overwritten
     html = page.read_text(encoding="utf-8")
     assert "<script" not in html and "train number" in html and "http" not in html.split("</style>")[1]
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "change"),
+    [
+        (("a", "b"), ("a", "b", "b"), FieldChange("only in one", "", "b")),
+        (("a", "a", "b"), ("a", "b", "b"), FieldChange("only in one", "a", "b")),
+        (("a", "b", "a"), ("a", "a", "b"), FieldChange("order, from position 1", "b", "a")),
+    ],
+)
+def test_labels_may_repeat(one: Tuple[str, ...], other: Tuple[str, ...], change: FieldChange, artifact: Path) -> None:
+    own = Manifest.read(artifact)
+    assert list(comparing._labels(replace(own, labels=one), replace(own, labels=other))) == [change]
+
+
+@pytest.mark.parametrize("options", [[], ["--json"]])
+def test_the_page_is_written_also_where_nobody_reads_the_table(
+    options: List[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, unread: TextIO
+) -> None:
+    monkeypatch.setattr(comparing, "compare_archives", lambda *arguments: archives_compared(drift=0.0))
+    monkeypatch.setattr(sys, "stdout", unread)
+    assert cli.main(["diff", "a.mar", "b.mar", "--html", str(tmp_path / "diff.html"), *options]) == 2
+    assert "<html" in (tmp_path / "diff.html").read_text(encoding="utf-8")
 
 
 def test_swapped_labels_move_every_answer(mar: Path, tmp_path: Path) -> None:
@@ -275,8 +305,7 @@ def test_refused_requests_are_not_timed(tmp_path: Path, monkeypatch: pytest.Monk
     ("drift", "equal"), [(1e-4, True), (1.1e-4, False), (float("inf"), False), (float("nan"), False)]
 )
 def test_scores_may_drift_up_to_the_limit(drift: float, equal: bool) -> None:
-    side = Side("x", 1, 1.0, 1.0, 1.0)
-    found = ArchiveComparison((side, side), "x", 1, False, (), (), (), 1, (), (), 0.0, drift, 1e-4)
+    found = archives_compared(drift)
     assert found.equal is equal and found.document()["equal"] is equal
 
 

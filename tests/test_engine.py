@@ -588,7 +588,7 @@ def test_an_idle_engine_releases_memory_after_many_tokens(engine: Engine, monkey
     monkeypatch.setattr("traceserve_runtime.memory.release_unused_memory", lambda: released.append(1))
     other = like(engine)
     for tokens, times in ((4096, 0), (1, 1), (4096, 1), (1, 2), (0, 2)):
-        other.read(tokens)
+        other.count_tokens(tokens)
         other.idle()
         assert len(released) == times
 

@@ -473,6 +473,16 @@ def test_the_examples_target_is_the_label_of_that_number(make: Callable[..., Mad
     assert explain(tokens, {"text": TEXT, "target": 1})["target"] == explain(tokens, TEXT)["target"]
 
 
+@pytest.mark.usefixtures("two_cores")
+def test_explanations_get_all_cores_back_that_others_held_when_they_began(make: Callable[..., Made]) -> None:
+    engine = Engine.load(make("classification").folder)
+    runner: Any = engine.runner
+    runner.share_cores()
+    runner._team._take(1)  # as beside another process
+    model: Any = engine.explainer().gradients
+    assert model._team is not None and model._team.most == 2
+
+
 def test_predictions_go_first(make: Callable[..., Made]) -> None:
     """In a session others join between two runs, and the explanation waits."""
     engine = Engine.load(make("classification").folder)

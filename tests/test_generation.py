@@ -597,7 +597,7 @@ def test_probabilities_are_those_of_the_original_processors(
     scores = (rng.standard_normal(size) * spread).astype(np.float32)
     ids = rng.integers(0, 12, 20).tolist()
     chosen = GenerationSettings(max_new_tokens=50, do_sample=True, **options)
-    ids_left, left = drawable(processed(scores, ids[:8], ids[8:], chosen), chosen)
+    ids_left, left = drawable(processed(scores, np.array(ids[:8]), ids[8:], chosen), chosen)
     got = np.zeros(size, np.float32)
     got[ids_left] = left
     expected = hugging_face(scores, ids, options)
@@ -618,7 +618,7 @@ def test_a_temperature_near_zero_takes_the_best(made: Callable[[str], Made]) -> 
 def test_the_forced_last_token_wins_over_the_forced_first(tokens: List[int], best: int) -> None:
     chosen = GenerationSettings(max_new_tokens=len(tokens) % 2 + 1, forced_bos_id=9, forced_eos_ids=(13,))
     scores = np.eye(20, dtype=np.float32)[2]
-    assert processed(scores, [0], tokens, chosen).argmax() == best
+    assert processed(scores, np.array([0]), tokens, chosen).argmax() == best
 
 
 def test_what_transformers_reads_otherwise_than_it_stands() -> None:

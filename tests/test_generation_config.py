@@ -317,7 +317,7 @@ def test_what_is_done_to_scores_is_what_the_original_processors_do() -> None:
         )
         expected = processors(torch.tensor([tokens]), torch.from_numpy(scores[None].copy()))[0].numpy()
         np.testing.assert_allclose(
-            loop.processed(scores, tokens[:1], tokens[1:], settings), expected, rtol=1e-5, atol=1e-5
+            loop.processed(scores, np.array(tokens[:1]), tokens[1:], settings), expected, rtol=1e-5, atol=1e-5
         )
 
 

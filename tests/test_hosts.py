@@ -24,22 +24,46 @@ import weakref
 import zlib
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, AsyncIterator, Awaitable, Callable, Dict, List, NamedTuple, Optional, Tuple, Type
+from typing import (
+    Any,
+    AsyncGenerator,
+    AsyncIterator,
+    Awaitable,
+    Callable,
+    Dict,
+    List,
+    NamedTuple,
+    Optional,
+    Tuple,
+    Type,
+)
 
 import pytest
 from conftest import run_export, served_over_http
 from traceserve.archives.archive import pack_archive
 from traceserve.errors import ArchiveError
 from traceserve.serving.keys import write_key
-from traceserve_hosts import asgi, fetching, libraries, loading, lock_of_users, ray_config, reason_in, sagemaker, web
+from traceserve_hosts import (
+    asgi,
+    batcher,
+    fetching,
+    libraries,
+    loading,
+    lock_of_users,
+    ray_config,
+    reason_in,
+    sagemaker,
+    web,
+)
 from traceserve_hosts.asgi import Application, Limits, Message, Scope, key_from_environment
-from traceserve_hosts.batcher import Asked, Batcher
+from traceserve_hosts.batcher import Asked, Batcher, Piece
 from traceserve_hosts.routing import Router, may_stream, messages
 from traceserve_runtime import service as core
 from traceserve_runtime.batching.batches import Stats
 from traceserve_runtime.engine import Engine, Work
-from traceserve_runtime.errors import InvalidManifest
+from traceserve_runtime.errors import InvalidManifest, NotFound
 from traceserve_runtime.manifest import Manifest, sha256
+from traceserve_runtime.protocols import PROTOCOLS, protocol_of
 from traceserve_runtime.protocols.bodies import Headers
 from traceserve_runtime.service import Call, Exchange, Reply, Service, Session
 from traceserve_runtime.tasks import TASKS
@@ -458,6 +482,29 @@ def test_a_body_that_comes_steadily_has_more_time(classifier: Service, monkeypat
     assert run(ask())[0]["status"] == 200
 
 
+def test_a_body_may_begin_late(classifier: Service) -> None:
+    """Its time begins with its first bytes: before, it holds no room."""
+    pauses, parts = [0.1, 0.5], [b"at.", b"A bo"]
+
+    async def ask() -> List[Message]:
+        sent: List[Message] = []
+
+        async def receive() -> Message:
+            if not parts:
+                return await asyncio.Event().wait()  # type: ignore[return-value]
+            await asyncio.sleep(pauses.pop())
+            return {"type": "http.request", "body": parts.pop(), "more_body": bool(parts)}
+
+        async def send(message: Message) -> None:
+            sent.append(message)
+
+        scope = {"type": "http", "method": "POST", "path": "/predictions/small", "headers": []}
+        await Hosted(classifier, Limits(body_seconds=0.4)).application(scope, receive, send)
+        return sent
+
+    assert run(ask())[0]["status"] == 200
+
+
 @pytest.mark.parametrize("size, parts", [(0, 1), (1 << 18, 1), (1_000_000, 4)])
 def test_a_long_answer_is_sent_in_parts(size: int, parts: int) -> None:
     """A server waits for its client between two of them, so that it holds little of it."""
@@ -493,6 +540,38 @@ def test_who_does_not_read_a_long_answer_is_left(classifier: Service, monkeypatc
             while part := reader.recv(1 << 20):
                 read += len(part)
         assert 0 < read < len(body), "it was closed before its end"
+
+
+@pytest.mark.parametrize("routed", [False, True])
+def test_who_does_not_read_a_stream_is_left(routed: bool, classifier: Service, monkeypatch: pytest.MonkeyPatch) -> None:
+    limits = Limits(body_seconds=0.2)
+    hosted = Hosted(classifier, limits)
+    jobs: List[Asked] = []
+
+    def answered(call: Call) -> Asked:
+        jobs.append(Asked(call))
+        jobs[-1].tell(Piece(b"Once", {}))
+        return jobs[-1]
+
+    monkeypatch.setattr(hosted.batcher, "ask", answered)
+    received: List[Message] = [{"type": "http.request", "body": b"x"}]
+    shares = {"small": {"1.0": 1.0}}
+    router = Router(shares, limits, lambda name, version, scope, body: messages(hosted.application, scope, body))
+
+    async def receive() -> Message:
+        return received.pop() if received else await asyncio.Event().wait()  # type: ignore[return-value]
+
+    async def send(message: Message) -> None:
+        if message["type"] == "http.response.body":  # the system's buffers are full
+            await asyncio.Event().wait()
+
+    async def ask() -> None:
+        scope = {"type": "http", "method": "POST", "path": "/predictions/small", "headers": []}
+        await asyncio.wait_for((router if routed else hosted.application)(scope, receive, send), 10)
+        while not jobs[0].gone:
+            await asyncio.sleep(0.01)
+
+    run(ask())
 
 
 @pytest.mark.parametrize("body", [b"a&" * 600_000, b"text=" + b"%41" * 400_000, b"&".join([b"a=b"] * 1200)])
@@ -634,6 +713,27 @@ def test_beyond_the_loopback_address_a_key_has_to_be_set(
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
     assert words in (web.main(["nowhere.mar", *options]) or "")
+
+
+@pytest.mark.parametrize("prefix", ["", "predictions/small/1.0/"])
+@pytest.mark.parametrize(
+    "path",
+    [
+        *filter(None, PROTOCOLS),
+        "v1/models/small:predict",
+        "v1/models/small:explain",
+        "models/small:predict",
+        "v2/models/small",
+        "v2/models/small/infer",
+        "v2/repository/index",
+        "nothing",
+    ],
+)
+def test_a_hosts_refusal_has_the_format_of_the_paths_own_errors(path: str, prefix: str, classifier: Service) -> None:
+    headers = Headers(path=path)
+    own = protocol_of(headers).error(NotFound("no"), {"body": b""}, headers, classifier.served).document
+    refusal = asgi.Refused(404, "NotFound", "no").document(f"/{prefix}{path}")
+    assert isinstance(refusal["error"], str) is (own == {"error": "no"})
 
 
 def test_another_method_is_refused(classifier: Service) -> None:
@@ -919,6 +1019,28 @@ def test_nothing_is_computed_for_a_client_that_has_gone(classifier: Service) -> 
     sent, stayed = run(ask())
     assert not sent and stayed.status == 200
     assert slow.asked == [1, 1]
+
+
+def test_a_call_whose_client_goes_while_a_turn_begins_is_left_by_the_next_one() -> None:
+    """It is never dropped without the session, which would go on computing it."""
+
+    class Going:
+        call = exchange = None
+
+        def __init__(self) -> None:
+            self._seen = iter((False, True, True))
+
+        @property
+        def gone(self) -> bool:
+            return next(self._seen)
+
+    left: List[object] = []
+    asked = SimpleNamespace(reply=None)
+    session = SimpleNamespace(join=lambda calls, sends: [asked], turn=lambda: None, leave=left.append)
+    running = batcher._Running(session, None)  # type: ignore[arg-type]
+    running.join([Going()])  # type: ignore[list-item]
+    assert (running.turn(), left) == (1, [])
+    assert (running.turn(), left) == (0, [asked])
 
 
 def test_clients_that_have_gone_do_not_fill_the_queue(classifier: Service) -> None:
@@ -1342,7 +1464,7 @@ class Several:
         self.applications = applications
         self.router = Router(shares, Limits(), self._ask)
 
-    async def _ask(self, name: str, version: str, scope: Scope, body: bytes) -> AsyncIterator[Message]:
+    async def _ask(self, name: str, version: str, scope: Scope, body: bytes) -> AsyncGenerator[Message, None]:
         self.asked.append((name, version))
         async for message in messages(self.applications[name, version], scope, body):
             yield message
@@ -1379,7 +1501,7 @@ def test_the_router_cancels_what_a_client_that_has_gone_asked(begun: bool) -> No
     async def ask() -> List[Message]:
         gone, asked, ended = asyncio.Event(), asyncio.Event(), asyncio.Event()
 
-        async def slow(name: str, version: str, scope: Scope, body: bytes) -> AsyncIterator[Message]:
+        async def slow(name: str, version: str, scope: Scope, body: bytes) -> AsyncGenerator[Message, None]:
             try:
                 if begun:
                     yield {"type": "http.response.start", "status": 200, "headers": []}
@@ -2011,7 +2133,10 @@ def test_a_path_in_custom_attributes_is_followed_or_refused(attributes: str, pat
         assert refusal.value.status == 400
 
 
-def test_batch_transform_gets_json_lines(classifier: Service) -> None:
+@pytest.mark.parametrize("part", [1 << 18, 50])
+def test_batch_transform_gets_json_lines(part: int, classifier: Service, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also of an answer that is sent in parts, as lines too."""
+    monkeypatch.setattr(asgi, "_PART", part)
     hosted = Hosted(classifier)
     container = sagemaker.Container(hosted.application, 4, 6)
 
@@ -2031,6 +2156,7 @@ def test_batch_transform_gets_json_lines(classifier: Service) -> None:
         assert [json.loads(line) for line in raw.splitlines()] == plain.json and raw.endswith(b"}\n")
         assert lines.headers["content-type"] == "application/jsonlines"
         assert lines.headers["content-length"] == str(len(raw))
+        assert len(raw) > 50 and all(len(each) <= part for each in lines.pieces)
         one = await ask(TEXT)
         assert one.json["label"] == plain.json[0]["label"] and one.headers["content-type"] == "application/json"
         assert (await ask({"txt": 1})).status == 400

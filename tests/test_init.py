@@ -91,6 +91,15 @@ def test_an_existing_one_is_kept(checkpoint: Make, tmp_path: Path, monkeypatch: 
     assert main(["init", source, "--force"]) == 0 and written(Path("setup_config.json"))
 
 
+def test_a_link_to_nothing_is_refused_before_the_checkpoint_is_read(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    link = tmp_path / "c.json"
+    link.symlink_to(tmp_path / "nothing")
+    assert main(["init", str(tmp_path / "no checkpoint"), "-o", str(link), "--force"]) == 1
+    assert f"{link} is a link to " in " ".join(capsys.readouterr().err.split())
+
+
 def test_on_a_full_disk_the_earlier_one_stays(
     checkpoint: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -8,6 +8,7 @@ import json
 import os
 import platform
 import re
+import shutil
 import socket
 import subprocess
 import sys
@@ -92,7 +93,7 @@ def test_a_clock_that_is_set_makes_no_other_process_of_a_server(processes: Any) 
     told = dataclasses.replace(old, ticks=instances.ticks_of(old.pid), started=old.started + 3600)
     assert told.ticks and told.process is not None
     instances.remember(told)
-    assert instances.running() == [told] and instances.died() == []
+    assert instances.running() == [told] and instances.tidy_dead() == []
     assert Path(old.folder, "store", "weights").is_file()
     assert dataclasses.replace(told, ticks=told.ticks + 1).process is None  # a later process with its pid
     kill(told)
@@ -169,7 +170,7 @@ def test_what_another_version_remembered_is_passed_over(processes: Any) -> None:
     del earlier["pid"]
     for name, content in (("a", '{"port"'), ("b", '{"port": 1}'), ("c", json.dumps(earlier)), ("d", "[]")):
         (folder / f"{name}.json").write_text(content)
-    assert instances.running() == [instance] and instances.died() == []
+    assert instances.running() == [instance] and instances.tidy_dead() == []
 
 
 def test_what_a_later_version_remembered_is_found(processes: Any) -> None:
@@ -199,7 +200,7 @@ def test_an_interrupt_ends_the_waiting_of_a_stop_and_not_the_stop(
     with pytest.raises(KeyboardInterrupt):
         instances.stop(instance)
     assert instance.process is None and not Path(instance.folder).exists()
-    assert instances.running() == instances.died() == []
+    assert instances.running() == instances.tidy_dead() == []
 
 
 def test_a_server_that_does_not_end_is_killed(processes: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -273,17 +274,32 @@ def test_why_a_worker_could_not_load_is_read_in_the_log(
 ) -> None:
     (tmp_path / "logs").mkdir()
     (tmp_path / "logs" / "server.log").write_text(log)
-    assert load_failure(tmp_path / "logs" / "server.log", start) == reason
+    found = load_failure(tmp_path / "logs" / "server.log", start)
+    assert (found and found.reason) == reason
     assert load_failure(tmp_path / "none.log") is None
     last = (RAISED if RAISED in log else log).strip().splitlines()[-1:]
     assert last_words(tmp_path) == (f": {last[0]}" if log else " without a message in its log")
+
+
+def test_the_archive_whose_worker_cannot_load_is_named(processes: Any) -> None:
+    """Not the one that is asked meanwhile; and one that is started beside it does not fail with it."""
+    instance = dataclasses.replace(remembered(processes, configuration.free_ports(1)[0]), names=("intents", "tiny"))
+    instance.log.write_text("2026 INFO Failed to load model tiny, exception no model\n")
+    with pytest.raises(ServerError, match="^the worker of tiny cannot load the archive: no model$"):
+        server._wait_for_answer(instance, "intents", {}, 5.0)
+    assert load_failure(instance.log, name="intents") is None
+    found = load_failure(instance.log, name="tiny")
+    assert found is not None and found.reason == "no model"
+    instance.log.write_text(DIED + RAISED)  # which do not tell whose
+    with pytest.raises(ServerError, match="^the worker of intents or tiny cannot load the archive: onnxruntime"):
+        server._wait_for_answer(instance, "intents", {}, 5.0)
 
 
 def test_a_server_of_another_machine_is_not_judged(processes: Any) -> None:
     """For example, of another container that shares the home folder: its process is not visible here."""
     other = remembered(processes, machine="another one")
     kill(other)
-    assert instances.running() == [] and instances.died() == []
+    assert instances.running() == [] and instances.tidy_dead() == []
     instances.sweep()
     assert Path(other.folder, "store", "weights").is_file()
     assert list((Path(os.environ["XDG_STATE_HOME"]) / "traceserve" / "servers").iterdir())
@@ -302,10 +318,10 @@ def test_a_server_of_an_ended_container_is_known_by_its_folders_lock(processes: 
     with contextlib.ExitStack() as running:
         for instance in died:
             assert running.enter_context(server_lock.locked(Path(instance.folder))) is not None
-        assert instances.running() == instances.died() == []
-    assert instances.running() == [] and {instance.port for instance in instances.died()} == {18000, 18001}
+        assert instances.running() == instances.tidy_dead() == []
+    assert instances.running() == [] and {instance.port for instance in instances.tidy_dead()} == {18000, 18001}
     assert [sorted(os.listdir(instance.folder)) for instance in died] == [["logs", "run"]] * 2
-    for instance in instances.died():
+    for instance in instances.tidy_dead():
         instances.mark_seen(instance)
     instances.sweep()
     assert not any(Path(instance.folder).exists() for instance in died)
@@ -324,6 +340,7 @@ def test_the_log_of_a_dead_server_is_kept_until_somebody_has_seen_it(
     assert instances.running() == [] and instance.log.is_file()
     assert cli.main(["predict", "tiny", "hello"]) == 1
     assert "on port 18000 died; `traceserve status` says why" in capsys.readouterr().err
+    assert Path(instance.folder, "store").is_dir()  # an error removes nothing
     instances.sweep()  # as at the next start
     assert instance.log.is_file()
     assert cli.main(["status"]) == 0
@@ -333,7 +350,7 @@ def test_the_log_of_a_dead_server_is_kept_until_somebody_has_seen_it(
     assert instance.log.read_text() == LOG and not Path(instance.folder, "store").exists()
     assert [path.name for path in Path(instance.folder, "run").iterdir()] == ["serve.json"]
     instances.sweep()
-    assert not Path(instance.folder).exists() and instances.died() == []
+    assert not Path(instance.folder).exists() and instances.tidy_dead() == []
 
 
 def test_the_keys_of_a_dead_server_are_forgotten_once_it_was_shown(processes: Any) -> None:
@@ -346,8 +363,16 @@ def test_the_keys_of_a_dead_server_are_forgotten_once_it_was_shown(processes: An
     assert cli.main(["status"]) == 0
     [state] = (Path(os.environ["XDG_STATE_HOME"]) / "traceserve" / "servers").iterdir()
     assert "chosen" not in state.read_text() and "another" not in state.read_text()
-    [dead] = instances.died()
+    [dead] = instances.tidy_dead()
     assert (dead.seen, dead.port, dead.engine) == (True, 18000, RAY)
+
+
+def test_two_commands_may_tidy_a_dead_server_at_once(processes: Any) -> None:
+    instance = remembered(processes)
+    kill(instance)
+    shutil.rmtree(instance.folder)
+    instances._keep_only(instance)
+    assert not Path(instance.folder).exists()
 
 
 @pytest.mark.parametrize("options", [["--port", "18000"], ["--all"]])
@@ -358,7 +383,7 @@ def test_stop_removes_what_is_left_of_a_dead_server(
     kill(instance)
     assert cli.main(["stop", *options]) == 0
     assert "tiny on port 18000 had died; its log is removed" in capsys.readouterr().out
-    assert not Path(instance.folder).exists() and instances.died() == []
+    assert not Path(instance.folder).exists() and instances.tidy_dead() == []
 
 
 def test_stop_takes_a_port_or_all(processes: Any, capsys: pytest.CaptureFixture[str]) -> None:
@@ -378,7 +403,7 @@ def test_of_dead_servers_the_last_ones_are_kept(processes: Any) -> None:
         (folder / "logs").mkdir(parents=True)
         instance.log.write_text(LOG)
         instances.remember(dataclasses.replace(instance, started=instance.started + 10 * i))
-    assert [instance.port for instance in instances.died()] == [18006, 18005, 18004, 18003, 18002]
+    assert [instance.port for instance in instances.tidy_dead()] == [18006, 18005, 18004, 18003, 18002]
     assert [Path(instance.folder).exists() for instance in every] == [False] * 2 + [True] * 5
 
 
@@ -387,7 +412,7 @@ def test_a_server_without_its_folder_is_forgotten(processes: Any) -> None:
     instance = remembered(processes)
     kill(instance)
     subprocess.run(["rm", "-r", instance.folder], check=True)
-    assert instances.died() == []
+    assert instances.tidy_dead() == []
     assert list((Path(os.environ["XDG_STATE_HOME"]) / "traceserve" / "servers").iterdir()) == []
 
 
@@ -407,7 +432,7 @@ def test_what_outlived_the_first_process_of_a_cluster_is_ended(processes: Any, e
     if end == "stop":
         instances.stop(instance)
     else:
-        assert instances.died() == [instance]
+        assert instances.tidy_dead() == [instance]
     for process in left:
         process.wait(5)
     assert [process.poll() for process in others] == [None] * 2 and instances.running() == [other]
@@ -442,7 +467,7 @@ def test_an_interrupted_start_leaves_nothing_running(mar: Path, where: str, monk
         server.start([mar], port=configuration.free_ports(1)[0])
     assert any("ModelServer" in arguments for arguments in seen[0])
     assert launched() == [] and os.listdir(tempfile.gettempdir()) == []
-    assert instances.running() == [] and instances.died() == []
+    assert instances.running() == [] and instances.tidy_dead() == []
 
 
 def test_of_two_starts_on_one_port_the_second_says_that_it_is_taken(mar: Path, monkeypatch: pytest.MonkeyPatch) -> None:

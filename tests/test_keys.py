@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
 import os
+import shutil
 import stat
 import sys
 from pathlib import Path
-from typing import Any, Callable, List
+from typing import Any, Callable, List, TextIO
 
 import pytest
 from test_instances import processes, remembered, state  # noqa: F401  (fixtures)
 from traceserve import cli
 from traceserve.errors import ServerError
+from traceserve.machine import file_locks
 from traceserve.serving import instances, keys
 from traceserve.serving import server as starting
 from traceserve.serving.engines import RAY
@@ -38,18 +41,51 @@ def test_keys_are_not_rotated_while_an_update_runs(server: Instance) -> None:
     assert keys.rotate_keys(server, "second").key == "second" == instances.find_instance(18000).key
 
 
+def test_a_file_system_without_locks_hinders_no_rotation(server: Instance, monkeypatch: pytest.MonkeyPatch) -> None:
+    def lockless(descriptor: int, how: int) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(file_locks.fcntl, "flock", lockless)
+    assert keys.rotate_keys(server, "second").key == "second"
+
+
 def test_a_rotation_forgets_nothing_that_an_update_remembered_meanwhile(server: Instance) -> None:
     instances.remember(dataclasses.replace(server, folders={"tiny": "tiny@2.0"}))
     assert keys.rotate_keys(server).folders == {"tiny": "tiny@2.0"} == instances.find_instance(18000).folders
 
 
-def test_nothing_changes_a_server_that_has_ended(server: Instance) -> None:
+@pytest.mark.parametrize("removed", [False, True])
+def test_nothing_changes_a_server_that_has_ended(removed: bool, server: Instance) -> None:
     process = server.process
     assert process is not None
     process.kill()
     process.wait()
+    if removed:  # by another command, in the midst of this one
+        shutil.rmtree(server.folder)
     with pytest.raises(ServerError, match="port 18000 has ended"):
         keys.rotate_keys(server)
+
+
+def test_half_a_rotation_is_remembered(processes: Any, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
+    """Else commands would send a key that is no longer one."""
+    instance = dataclasses.replace(remembered(processes), key="first", management_key="own")
+    file = Path(instance.folder, instances.TORCHSERVE_KEYS)
+
+    def write(inference: str) -> None:
+        found = {"inference": inference, "management": "own", "API": "maker"}
+        file.write_text(json.dumps({kind: {"key": key} for kind, key in found.items()}))
+
+    def call(maker: Instance, method: str, path: str) -> None:
+        if path == "/token?type=management":
+            raise ServerError("it ended")
+        write("second")
+
+    write("first")
+    instances.remember(instance)
+    monkeypatch.setattr(keys.management, "call", call)
+    with pytest.raises(ServerError, match="^it ended$"):
+        keys.rotate_keys(instance)
+    assert instances.find_instance(18000).key == "second"
 
 
 @pytest.mark.parametrize("kind", ["key", "state"])
@@ -137,3 +173,16 @@ def test_serve_with_a_closed_output_starts_all_the_same(
     monkeypatch.setattr(starting, "start", lambda *arguments, **options: server)
     monkeypatch.setattr(sys, "stdout", None)
     assert cli.main(["serve", "tiny.mar"]) == 0 and not capsys.readouterr().err
+
+
+def test_serve_in_the_foreground_leaves_no_server_where_nobody_reads_its_output(
+    server: Instance, artifact: Path, monkeypatch: pytest.MonkeyPatch, unread: TextIO
+) -> None:
+    """Whoever started it took its end for the server's, which went on and held the port."""
+    Path(server.folder, "store", "tiny").symlink_to(artifact)
+    stopped: List[Instance] = []
+    monkeypatch.setattr(starting, "start", lambda *arguments, **options: server)
+    monkeypatch.setattr(instances, "stop", stopped.append)
+    monkeypatch.setattr(sys, "stdout", unread)
+    assert cli.main(["serve", "tiny.mar", "--foreground"]) == 1
+    assert stopped == [server]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import math
 import random
+import time
 import weakref
 from dataclasses import replace
 from functools import lru_cache
@@ -271,8 +272,9 @@ def test_room_that_only_a_long_prompt_needed_is_given_back(engine_of: Make, watc
     assert max(together) > 50 and watched.attended[-1][1] < 40
 
 
+@pytest.mark.parametrize("without_logits", [False, True])
 @pytest.mark.parametrize("architecture", ["llama", "t5"])
-def test_a_failed_step_changes_no_answer(architecture: str, engine_of: Make) -> None:
+def test_a_failed_step_changes_no_answer(architecture: str, without_logits: bool, engine_of: Make) -> None:
     """All that ran in it are written again, each by itself, while others join; only the one that breaks the model
     always has its error."""
     engine = engine_of(architecture, "torchscript")
@@ -295,6 +297,9 @@ def test_a_failed_step_changes_no_answer(architecture: str, engine_of: Make) -> 
         def step(self, inputs: Any, state: Any, rows: Optional[np.ndarray] = None) -> Any:
             if not failed and rows is not None and len(rows) > 2:
                 failed.append(len(rows))
+                if without_logits:
+                    outputs, state = self._own.step(inputs, state, rows)
+                    return {name: output[:, :0] for name, output in outputs.items()}, state
                 raise RuntimeError("not enough memory")
             return self._own.step(inputs, state, rows)
 
@@ -305,6 +310,21 @@ def test_a_failed_step_changes_no_answer(architecture: str, engine_of: Make) -> 
     refused = results.pop(5)
     assert failed and [value_of(each) for each in results] == [rounded(value, 1e-4) for value in alone]
     assert isinstance(refused, TraceserveError) and "not enough memory" in refused.message
+
+
+def test_the_models_seconds_are_the_encoders_too(engine_of: Make) -> None:
+    engine = engine_of("t5", "torchscript")
+
+    class Slow(Around):
+        def start(self, inputs: Any) -> Any:
+            time.sleep(0.3)
+            return self._own.start(inputs)
+
+    slow: Any = Slow(engine.runner)
+    stats = Stats()
+    asked = [Request({"text": TEXTS[0]}, {"max_new_tokens": 1})]
+    value_of(Engine(engine.folder, engine.manifest, engine.task, slow).answer(asked, stats)[0])
+    assert stats.model_seconds >= 0.3
 
 
 @pytest.mark.parametrize("architecture", ["llama", "t5"])

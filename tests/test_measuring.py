@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from pathlib import Path
-from typing import Any, Iterator
+from typing import Any, Iterator, Type
 
 import pytest
 from traceserve_runtime.batching import measuring
@@ -86,7 +86,10 @@ def test_a_full_batch_runs_side_by_side_before_anything_is_measured(engine: Engi
     assert ask(engine, 16) == pytest.approx(alone, abs=1e-5)
 
 
-def test_what_cannot_be_measured_is_guessed(engine: Engine, caplog: pytest.LogCaptureFixture) -> None:
+@pytest.mark.parametrize("kind", [RuntimeError, MemoryError, IndexError, TypeError, ValueError])
+def test_what_cannot_be_measured_is_guessed(
+    kind: Type[Exception], engine: Engine, caplog: pytest.LogCaptureFixture
+) -> None:
     own = engine.runner
 
     class Broken:
@@ -94,7 +97,7 @@ def test_what_cannot_be_measured_is_guessed(engine: Engine, caplog: pytest.LogCa
 
         def __call__(self, inputs: Arrays) -> Arrays:
             if len({*inputs["input_ids"].ravel()}) == 1:
-                raise RuntimeError("not enough memory")
+                raise kind("not enough memory")
             return own(inputs)
 
         def __getattr__(self, name: str) -> Any:

@@ -8,6 +8,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -16,6 +17,8 @@ from typing import Callable, List, NoReturn
 import pytest
 from rich.table import Table
 from traceserve import cli
+from traceserve.archives.reports import report_file
+from traceserve.checking.proof import proof_of
 from traceserve.commands import printing
 from traceserve.commands.arguments import add_nothing
 from traceserve.commands.contract import Command
@@ -49,6 +52,20 @@ def test_an_archives_path_can_be_copied(
     first, _, last = plain(capsys.readouterr().out).splitlines()
     assert first.startswith(f"{name}/tiny.mar: ")
     assert Path(shlex.split(last.partition("traceserve serve ")[2])[0]).is_file()
+
+
+@pytest.mark.parametrize("has_report", [False, True])
+def test_a_packed_archive_has_its_artifacts_report(has_report: bool, artifact: Path, tmp_path: Path) -> None:
+    """`traceserve verify` showed an earlier archive's speed as that of the build."""
+    own, store = tmp_path / "tiny", tmp_path / "store"
+    shutil.copytree(artifact, own)
+    store.mkdir()
+    report_file(store / "tiny.mar").write_text('{"golden_p50_ms": 12.5}')
+    if has_report:
+        report_file(own).write_text('{"golden_p50_ms": 99.5}')
+    assert cli.main(["archive", "--store", str(store), str(own)]) == 0
+    with proof_of(store / "tiny.mar") as proof:
+        assert proof.p50 == (99.5 if has_report else None)
 
 
 def test_a_builds_paths_can_be_copied(

@@ -35,7 +35,7 @@ def decode(
     arrays: List[Arrays] = [{"logits": np.array(output, dtype=np.float32)} for output in outputs]
     if len(arrays) < len(encoded.rows):
         arrays *= len(encoded.rows)
-    return task.answer(request, encoded.rows, arrays)
+    return task.answer(request, encoded.rows, arrays)[0]
 
 
 @pytest.mark.parametrize("function", ["sigmoid", "none"])

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import gzip
 import itertools
 import json
 import tracemalloc
+from types import SimpleNamespace
 from typing import Any, Dict, List, Mapping, Optional
 from urllib.parse import quote, quote_plus, urlencode
 
@@ -15,7 +18,8 @@ from traceserve_runtime.errors import InputTooLong, InvalidRequest, TraceserveEr
 from traceserve_runtime.protocols.bodies import Headers
 from traceserve_runtime.protocols.contract import Body
 from traceserve_runtime.protocols.native import Plain
-from traceserve_runtime.protocols.requests import parse_requests
+from traceserve_runtime.protocols.ranking import Rerank
+from traceserve_runtime.protocols.requests import Native, parse_requests
 from traceserve_runtime.protocols.wording import JsonBudget, parse_json
 from traceserve_runtime.tasks import TASKS
 from traceserve_runtime.tasks.contract import Request
@@ -715,3 +719,39 @@ def test_a_raw_text_cut_behind_its_ampersand_is_refused(text: str, rest: str) ->
     sent = f"text={arrived}&{rest}".encode()
     error = refusal({"text": arrived.encode()}, FORM, len(sent))
     assert "only a part arrived" in error.message
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize(
+    ("body", "is_text"),
+    [
+        ({"instances": [{"data": "a"}]}, True),
+        ({"instances": [3]}, True),
+        ({"inputs": [{"name": "text", "shape": [1], "datatype": "BYTES", "data": ["a"]}]}, True),
+        ({"inputs": [{"name": "text", "shape": [1], "datatype": "BYTES", "data": [3]}]}, True),
+        ({"inputs": "a"}, False),
+        ({"text": 3}, False),
+    ],
+)
+def test_an_error_of_kserves_protocols_is_a_string(body: Any, is_text: bool, packed: bool) -> None:
+    """Also of a compressed body, and of one that was read: whose protocol is not looked for again."""
+    source = json.dumps(body).encode()
+    parts: Dict[str, object] = {"body": gzip.compress(source) if packed else source}
+    headers = Headers("application/json", content_encoding="gzip" if packed else "")
+    served: Any = SimpleNamespace(task=SequenceClassification, manifest=SimpleNamespace(max_rows=10))
+    errors: Any = Native()
+    with contextlib.suppress(InvalidRequest):
+        errors = errors.read(parts, headers, served, 0).errors
+    document = errors.error(InvalidRequest("no"), parts, headers, served).document
+    assert isinstance(document["error"], str) is is_text
+
+
+@pytest.mark.parametrize(
+    ("body", "is_tei"), [({"query": "a", "texts": ["b"]}, True), ({"query": "a", "documents": ["b"]}, False)]
+)
+def test_a_ranking_that_was_read_has_the_errors_of_its_format(body: Any, is_tei: bool) -> None:
+    parts: Dict[str, object] = {"body": json.dumps(body).encode()}
+    served: Any = SimpleNamespace(task=TextRanking, manifest=SimpleNamespace(max_rows=10, labels=("a",), parameters={}))
+    errors: Any = Rerank().read(parts, Headers("application/json"), served, 0).errors
+    document = errors.error(InvalidRequest("no"), {}, Headers(), served).document
+    assert ("error_type" in document) is is_tei

@@ -90,7 +90,7 @@ def test_a_file_of_our_own_on_a_full_disk_names_its_disk(mount: Mount) -> None:
 def test_what_a_full_disk_is(number: int, tmp_path: Path) -> None:
     """The system's own error, one raised from it, or one with only its message."""
     own = OSError(number, os.strerror(number), str(tmp_path / "x" / "file"))
-    assert space.is_full(own) and f"the disk of {tmp_path}/x/file: " in space.told(own, []).message
+    assert space.is_full(own) and f"the disk of {tmp_path}/x/file: " in space.full_disk_error(own, []).message
     try:
         try:
             raise own

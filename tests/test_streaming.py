@@ -7,9 +7,12 @@ from typing import Any, Callable, Dict, List, Optional, Tuple
 
 import pytest
 from conftest import run_export
+from traceserve_runtime.batching.batches import Stats
 from traceserve_runtime.engine import Engine
 from traceserve_runtime.errors import ModelFailure
 from traceserve_runtime.protocols import huggingface
+from traceserve_runtime.protocols.bodies import Headers
+from traceserve_runtime.service import Call, Service
 from traceserve_runtime.streaming import Stream
 from traceserve_runtime.tasks.contract import Answer, WrittenToken
 from transformer_handler import TransformerHandler
@@ -37,7 +40,7 @@ def test_a_text_that_begins_anew_and_is_the_same_is_told_once() -> None:
 
 
 @pytest.mark.parametrize("anew", ["Six", "Six, seven, eight, nine", "One, six, seven, eight"])
-def test_a_text_that_begins_anew_and_is_another_ends_with_an_error(anew: str) -> None:
+def test_a_text_that_begins_anew_and_is_another_is_an_error(anew: str) -> None:
     """Even if only the whole text, or a longer part of it, shows that; and another call's continues."""
     (one, pieces), (other, _) = told(), told()
     one.tell("One, two")
@@ -45,7 +48,8 @@ def test_a_text_that_begins_anew_and_is_another_ends_with_an_error(anew: str) ->
     for text in (anew[:2], anew, f"{anew}, ten"):
         one.tell(text)
     assert pieces == [b"One, two"]
-    assert error_in(one.rest(f"{anew}, ten"))["type"] == "ModelFailure"
+    with pytest.raises(ModelFailure, match="began another text"):
+        one.rest(f"{anew}, ten")
     assert other.rest("Un, deux") == b", deux"
 
 
@@ -170,6 +174,19 @@ def test_a_failed_step_splices_no_two_texts(engine: Engine) -> None:
     for _, end, context in failed:
         assert error_in(end)["type"] == "ModelFailure"
         assert context.headers[0, "content-type"].startswith("text/plain")
+
+
+def test_a_stream_that_began_another_text_is_counted_as_failed(engine: Engine) -> None:
+    failing = Engine(engine.folder, engine.manifest, engine.task, Failing(engine.runner, lambda step: step == 15))
+    parameters = {"stream": True, "max_new_tokens": 40, "do_sample": True, "temperature": 5.0, "top_k": 0}
+    call = Call({"body": {"text": "The train to", "parameters": parameters}}, Headers("application/json"))
+    failed = []
+    for _ in range(8):
+        stats = Stats()
+        [reply] = Service(failing, "small").answer([call], stats, lambda i, piece, headers: None)
+        if b"began another text" in reply.body:
+            failed.append(stats.errors)
+    assert failed and all(errors == {"ModelFailure": 1} for errors in failed)
 
 
 def test_a_stream_that_fails_for_good_ends_with_the_error(engine: Engine, caplog: pytest.LogCaptureFixture) -> None:

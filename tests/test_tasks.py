@@ -590,6 +590,20 @@ def test_every_token_of_a_long_text_is_labelled_once(task: str, architecture: st
             assert all(end <= start for (_, end), (start, _) in zip(spans, spans[1:]))
 
 
+def test_a_configured_stride_is_that_of_requests(exported: Export) -> None:
+    engine, _ = exported("token_classification", "bert")
+
+    def starts(parameters: Dict[str, Any], configured: Dict[str, Any]) -> List[int]:
+        manifest = replace(engine.manifest, parameters=configured)
+        task = TASKS["token_classification"](manifest, engine.task.tokenizer)
+        [encoded] = task.encode([Request({"text": LONG}, parameters)])
+        assert isinstance(encoded, Encoded)
+        return [row.start for row in encoded.rows]
+
+    assert starts({}, {"stride": 3}) == starts({"stride": 3}, {}) != starts({}, {})
+    assert starts({"stride": 5}, {"stride": 3}) == starts({"stride": 5}, {}) != starts({}, {"stride": 3})
+
+
 # For any text.
 
 PIECES = [

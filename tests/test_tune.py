@@ -15,7 +15,8 @@ import time
 import zipfile
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Callable, Dict, Iterator, List, Optional, Sequence, Set
+from types import SimpleNamespace
+from typing import Any, Callable, Dict, Iterator, List, Optional, Sequence, Set, TextIO
 
 import numpy as np
 import pytest
@@ -40,6 +41,7 @@ from traceserve_runtime.manifest import Manifest, sha256
 from traceserve_runtime.protocols.bodies import Headers
 from traceserve_runtime.protocols.requests import parse_requests
 from traceserve_runtime.runner import IN_ATTENTION
+from traceserve_runtime.settings import Settings
 from traceserve_runtime.texts.limits import RequestLimits
 
 OWN = Serving(batch_size=32, max_batch_delay=2, response_timeout=300)
@@ -324,6 +326,23 @@ def test_the_lengths_are_the_engines(mar: Path, tmp_path: Path) -> None:
     assert dynamic.tokens == pytest.approx(stats.padding_share, abs=stats.micro_batches / stats.padded_tokens)
 
 
+@pytest.mark.parametrize(("workers", "packs"), [(None, True), (1, True), (2, False)])
+def test_a_runs_cost_is_measured_as_the_workers_run(
+    workers: Optional[int], packs: bool, mar: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Several share their weights, and pack none."""
+    loaded: List[Settings] = []
+    scheduler = SimpleNamespace(measure=lambda: None, cost=CostModel())
+
+    def load(folder: Path, settings: Settings) -> Any:
+        loaded.append(settings)
+        return SimpleNamespace(warm_up=lambda: None, scheduler=scheduler)
+
+    monkeypatch.setattr(tune, "Engine", SimpleNamespace(load=load))
+    assert tune._cost(mar, replace(OWN, workers=workers, threads=2)) is scheduler.cost
+    assert [(settings.threads, settings.pack_weights) for settings in loaded] == [(2, packs)]
+
+
 def test_texts_that_are_all_refused_are_told(mar: Path, tmp_path: Path) -> None:
     (tmp_path / "long.txt").write_text("x" * 400_000)
     with pytest.raises(ConfigError, match="refuses every text of --samples .*long.txt; number 1: "):
@@ -398,17 +417,31 @@ def test_an_artifact_is_named_as_such(artifact: Path, mar: Path, capsys: pytest.
     assert f"{artifact} is an artifact, not an archive (.mar): `traceserve archive" in capsys.readouterr().err
 
 
+def measured(batch_size: int) -> tune.Tuned:
+    """What a run found, the best with this batch size."""
+    best = replace(OWN, batch_size=batch_size)
+    trial = Trial(best, 64, [Result(64, None, 1.0, np.full(9, 0.1), {})])
+    texts = tune.Texts([b"Yes."], [[3]], "text/plain", [])
+    return tune.Tuned([trial], trial, best, OWN, wastes([[3]], 32, 32, None, CostModel(0, 1, 0)), texts, 1.0, True)
+
+
+def test_the_best_is_written_also_where_nobody_reads_the_table(
+    mar: Path, monkeypatch: pytest.MonkeyPatch, unread: TextIO
+) -> None:
+    """It was measured for minutes."""
+    monkeypatch.setattr(tune, "tune", lambda *arguments: measured(8))
+    monkeypatch.setattr(sys, "stdout", unread)
+    assert main(["tune", str(mar), "--samples", str(mar.parent / "texts.txt")]) == 1
+    assert read_serving(mar).batch_size == 8
+
+
 def test_the_best_is_written_also_where_the_page_fails(
     mar: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def fill(path: Path, text: str) -> None:
         raise TraceserveError("it filled up")
 
-    best = replace(OWN, batch_size=4)
-    trial = Trial(best, 64, [Result(64, None, 1.0, np.full(9, 0.1), {})])
-    texts = tune.Texts([b"Yes."], [[3]], "text/plain", [])
-    tuned = tune.Tuned([trial], trial, best, OWN, wastes([[3]], 32, 32, None, CostModel(0, 1, 0)), texts, 1.0, True)
-    monkeypatch.setattr(tune, "tune", lambda *arguments: tuned)
+    monkeypatch.setattr(tune, "tune", lambda *arguments: measured(4))
     monkeypatch.setattr(staging, "write_whole", fill)
     page = str(mar.parent / "tune.html")
     assert main(["tune", str(mar), "--samples", str(mar.parent / "texts.txt"), "--html", page]) == 1

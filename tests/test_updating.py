@@ -5,21 +5,24 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import re
 import socket
 import threading
 import time
 from pathlib import Path
-from typing import Any, AsyncIterator, Callable, Dict, Iterator, List
+from typing import Any, AsyncGenerator, Callable, Dict, Iterator, List
 
 import pytest
 from conftest import run_export, served_over_http
 from test_instances import processes, remembered, state  # noqa: F401  (fixtures)
+from traceserve import cli
 from traceserve.building.gate.golden import GoldenSample
 from traceserve.building.samples import OwnSamples
 from traceserve.checking.proof import proof_of
 from traceserve.errors import ConfigError, ServerError
 from traceserve.rollout import draining
 from traceserve.rollout.conditions import check_archive
+from traceserve.rollout.engines.contract import ServedVersion
 from traceserve.rollout.replaying import requests_of
 from traceserve.rollout.shadowing import Shadowed, ShadowOptions, shadow
 from traceserve.rollout.updating import UpdateOptions, UpdateRefused, _Update
@@ -35,7 +38,7 @@ from traceserve_runtime.engine import Engine
 from traceserve_runtime.mirror import Mirror
 from traceserve_runtime.service import Service
 
-RUNNING = Registered("1.0", "tiny", 1, 1, 0, 120, False)
+RUNNING = ServedVersion("1.0", "tiny", 1)
 
 
 async def failing(scope: Scope, receive: Any, send: Any) -> None:
@@ -51,7 +54,7 @@ def serve(processes: Any, archives: Path) -> Iterator[Callable[..., Instance]]: 
         def started(**served: str) -> Instance:
             applications: Dict[str, Any] = {}
 
-            async def ask(name: str, version: str, scope: Scope, body: bytes) -> AsyncIterator[Message]:
+            async def ask(name: str, version: str, scope: Scope, body: bytes) -> AsyncGenerator[Message, None]:
                 async for message in messages(applications[version], scope, body):
                     yield message
 
@@ -129,7 +132,10 @@ def test_a_version_that_answers_otherwise_than_its_build_is_refused(
     assert said == []
     with updating(serve(first="1.0", second="2.0"), archives / "2.0" / "tiny.mar", said) as update:
         assert update._verify().passed
-    assert said[0].startswith("verified 2.0: ")
+    assert said[0].startswith("verified 2.0: ") and len(said) == 1  # all of the golden set
+    with updating(serve(first="1.0", second="2.0"), archives / "2.0" / "tiny.mar", said, timeout=1e-9) as update:
+        assert update._verify().passed
+    assert re.fullmatch(r"note on 2.0: the last \d+ samples were not asked: --timeout was over", said[-1])
 
 
 def shadowed(instance: Instance, archives: Path, new: str, ask: Callable[[Path], None], seconds: float) -> Shadowed:
@@ -259,3 +265,10 @@ def test_how_long_a_batch_may_still_run(
         assert draining._quiet(instance, "tiny", described) == seconds
     unknown = 120.0 if workers > 1 and timeout == 120 else seconds
     assert draining._quiet(instance, "tiny", described) == unknown  # nobody tells how long one took
+
+
+@pytest.mark.parametrize("share", ["soon", "0", "1.5", "nan"])
+def test_a_share_is_above_0_and_at_most_1(share: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        cli.main(["update", "tiny.mar", "--shadow", share])
+    assert "argument --shadow: should be above 0, and at most 1 for all" in capsys.readouterr().err

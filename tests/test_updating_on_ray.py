@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -22,8 +23,9 @@ from traceserve.rollout.engines import on_ray
 from traceserve.rollout.updating import UpdateOptions, _Update
 from traceserve.serving import client, ray_applications, ray_cluster, server
 from traceserve.serving.engines import RAY
+from traceserve.serving.front import FrontendOptions
 from traceserve.serving.instances import Instance
-from traceserve.serving.plan import Archive, planned
+from traceserve.serving.plan import Archive, ServerPlan, planned
 from traceserve.serving.update_lock import alone
 from traceserve_hosts import ray_config
 
@@ -135,6 +137,7 @@ def test_a_version_at_its_own_path_has_a_name_that_none_had(
     monkeypatch.setattr(client, "predict", lambda *asked: {})
     running = on_ray.versions_of(cluster, "tiny")[OLD]
     monkeypatch.setattr(on_ray, "running_version", lambda instance, name: running)
+    monkeypatch.setattr(on_ray, "naming_counts", lambda instance, name, metric: {})
     names = []
     for _ in range(2):
         on_ray.begin_update(cluster, "tiny")
@@ -253,3 +256,37 @@ def test_requests_that_named_a_version_since_the_update_began_are_counted(
         on_ray._remember(instance, "tiny", known)
         assert on_ray.drain_version(instance, "tiny", OLD, {}, 5.0) == named
         assert on_ray.drain_version(instance, "tiny", "2.0", {}, 5.0) == 0  # it did not stay for them
+
+
+@pytest.mark.parametrize("step", ["begin_update", "switch_to"])
+def test_without_metrics_it_is_unknown_whether_requests_name_a_version(
+    step: str, cluster: Instance, changes: List[Change], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing listens at their port. The running version stays in its place: clients who name it would get 404."""
+    monkeypatch.setattr(on_ray, "_COUNTED", 0.0)
+    cluster = dataclasses.replace(cluster, metrics_port=1)
+    running = on_ray.versions_of(cluster, "tiny")[OLD]
+    monkeypatch.setattr(on_ray, "running_version", lambda instance, name: running)
+    on_ray._remember(cluster, "tiny", on_ray._KnownVersions({"2.0": {}}, {OLD: 0}, {}, {"2.0": "tiny-2.0-its-own"}))
+    with pytest.raises(
+        ServerError, match="whether requests name a version of tiny in their path is unknown: http.*:1/m"
+    ):
+        on_ray.begin_update(cluster, "tiny") if step == "begin_update" else on_ray.switch_to(
+            cluster, "tiny", "2.0", 5.0
+        )
+    assert changes == []
+
+
+@pytest.mark.parametrize(("host", "refused"), [("0.0.0.0", True), ("::", True), ("127.0.0.1", False), ("::1", False)])
+def test_metrics_beyond_the_loopback_address_are_refused(
+    host: str, refused: bool, archive: Callable[[int], Archive], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ray binds them to the loopback address."""
+    monkeypatch.setattr(ray_cluster, "find_spec", lambda name: name)
+    plan = ServerPlan({"tiny": archive(1)}, host, 18000, FrontendOptions(metrics_port=9000), 5.0, print, RAY)
+    with (
+        pytest.raises(ServerError, match="--metrics-port 9000 .* not on --host")
+        if refused
+        else contextlib.nullcontext()
+    ):
+        ray_cluster._check(plan)

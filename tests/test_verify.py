@@ -6,6 +6,7 @@ import contextlib
 import json
 import shutil
 import threading
+import time
 import zipfile
 from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -24,8 +25,8 @@ from traceserve.building.gate.drift import score_difference
 from traceserve.building.gate.golden import GOLDEN_FILE, GoldenSample, read_golden
 from traceserve.checking import verifying
 from traceserve.checking.dialects import DIALECTS, NATIVE, SpokenAt
-from traceserve.checking.proof import proof_of
-from traceserve.checking.verifying import Door, Verification, VerifiedSample, verify_server
+from traceserve.checking.proof import Proof, proof_of
+from traceserve.checking.verifying import AskedServer, Verification, VerifiedSample, verify_server
 from traceserve.errors import ArchiveError, ServerError
 from traceserve_hosts.asgi import Application, Limits
 from traceserve_hosts.batcher import Batcher
@@ -62,7 +63,7 @@ def url(unpacked: Path) -> Iterator[str]:
 
 
 def verified(url: str, archive: Path) -> Verification:
-    return verify_server(Door(url, url), archive)
+    return verify_server(AskedServer(url, url), archive)
 
 
 # The golden set
@@ -186,7 +187,7 @@ def test_the_command(url: str, mar: Path, tmp_path: Path, capsys: pytest.Capture
     assert cli.main(["verify", url, "--archive", str(archive)]) == 0
     said = capsys.readouterr().out
     assert "verified: it answers as the original does" in said and "the build, in its process: 12.5 ms" in said
-    assert cli.main(["verify", url, "--archive", str(archive), "--seconds", "0"]) == 0
+    assert cli.main(["verify", url, "--archive", str(archive), "--seconds", "1e-9"]) == 0
     assert "samples were not asked: --seconds was over" in capsys.readouterr().out
 
 
@@ -273,6 +274,45 @@ def test_what_cannot_be_asked_is_2(url: str, mar: Path, tmp_path: Path, capsys: 
     assert "should hold one key" in capsys.readouterr().err.replace("\n", " ")
 
 
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["tiny", "--key", "a"], "--key is for URLs, not for tiny"),
+        (["tiny", "--key-file", "a"], "--key-file is for URLs, not for tiny"),
+        (["tiny.mar", "--certificate", "a"], "--certificate is for URLs, not for tiny.mar"),
+        (["http://127.0.0.1:9", "--archive", "a.mar", "--port", "80"], "--port is for a name; a URL has its own"),
+    ],
+)
+def test_options_without_an_effect_are_refused(
+    options: List[str], words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["verify", *options]) == 2
+    assert words in " ".join(capsys.readouterr().err.split())
+
+
+@pytest.mark.parametrize("seconds", ["0", "-1", "nan", "inf", "soon"])
+def test_a_time_in_which_nothing_is_asked_is_refused(seconds: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """One sample alone would be "verified"."""
+    with pytest.raises(SystemExit):
+        cli.main(["verify", "tiny", f"--seconds={seconds}"])
+    assert "argument --seconds: should be " in capsys.readouterr().err
+
+
+def test_the_time_to_ask_begins_with_the_first_sample(
+    url: str, unpacked: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A large archive takes long to unpack, and one sample would be judged alone."""
+
+    @contextlib.contextmanager
+    def slow(path: Path) -> Iterator[Proof]:
+        time.sleep(0.6)
+        with proof_of(path) as proof:
+            yield proof
+
+    monkeypatch.setattr(verifying, "proof_of", slow)
+    assert len(verifying.verify_server(AskedServer("x", url), unpacked, 0.5).samples) > 1
+
+
 def test_an_archive_of_another_task_is_no_golden_set_of_a_server(
     others: Dict[str, Path],
     unpacked: Path,
@@ -357,7 +397,7 @@ def others(checkpoint: Callable[..., Path], tmp_path_factory: pytest.TempPathFac
 def test_hugging_faces_protocol(task: str, others: Dict[str, Path], unpacked: Path) -> None:
     folder = others.get(task, unpacked)
     with hugging_face(Service(Engine.load(folder), "tiny", "1.0")) as (url, keys):
-        found = verify_server(Door(url, url, "the key"), folder)
+        found = verify_server(AskedServer(url, url, "the key"), folder)
     assert found.passed and found.endpoint.dialect.name == "huggingface" and len(found.samples) == found.of >= 4
     assert found.notes == ("the server describes no model as V2 does: version and hash were not compared",)
     assert set(keys) == {"Bearer the key"}
@@ -424,8 +464,8 @@ def test_a_servers_certificate_has_to_be_for_its_name(mar: Path, tmp_path: Path)
     """Else the key and the texts go to whoever has any certificate of the same authority; our own are reached by address."""
     with secured(tmp_path, "example.org") as (url, certificate):
         with pytest.raises(ServerError, match="does not answer: .*certificate"):
-            Door(url, url, "the key", certificate).ask(url)
-        assert Door(url, url, "the key", certificate, ours=True).ask(url) == (200, {"key": "Bearer the key"})
+            AskedServer(url, url, "the key", certificate).ask(url)
+        assert AskedServer(url, url, "the key", certificate, ours=True).ask(url) == (200, {"key": "Bearer the key"})
 
 
 @pytest.mark.parametrize(
@@ -447,7 +487,7 @@ def test_what_a_server_says_of_itself_is_compared(
     with proof_of(mar) as proof:
         content = json.dumps(document).replace("CONTENTS", proof.manifest.contents).encode()
         with answering(status, content) as url:
-            found = verifying._identity(Door(url, url, ours=ours), SpokenAt(NATIVE, url), proof)
+            found = verifying._identity(AskedServer(url, url, ours=ours), SpokenAt(NATIVE, url), proof)
     assert [len(each) for each in found] == [problems, notes]
 
 

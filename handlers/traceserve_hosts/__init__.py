@@ -1,7 +1,8 @@
 """Hosts other than TorchServe: each file translates one server's requests for `traceserve_runtime.service`.
 
 Nothing here travels in an archive. An archive brings the runtime that it was proven with, and it is this one that answers:
-so no file imports `traceserve_runtime` before `loading.load_archive` has put the archive's folder first on the path.
+so no file imports `traceserve_runtime` before `loading.load_archive` has put the archive's folder first on the path, but
+`fetching`, which runs in a process of its own.
 """
 
 from pathlib import Path

@@ -54,8 +54,8 @@ Send = Callable[[Message], Awaitable[None]]
 Asgi = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 LIVENESS = ("/live", "/v2/health/live")
-# KServe's paths; the ranking below v2 is Cohere's.
-_OF_KSERVE = re.compile("/*(predictions/[^/]+/[^/]+/)?(v2/(?!rerank/*$)|(v1/)?models/.*:)")
+# KServe's paths; the ranking below v2 is Cohere's. As the archive's own protocols have it, which has not read such a request.
+_OF_KSERVE = re.compile("/*(predictions/[^/]+/[^/]+/)?(v2(?!/+rerank/*$)(/|$)|(v1/)?models/.*:[^/]*/*$)")
 _METHODS = ("GET", "POST", "HEAD")
 _SECONDS_OF_LIVENESS = 1.5  # that a canary has; later the queue's progress decides
 _SECONDS_OF_HEALTH = 1.0  # that a canary's answer holds
@@ -97,7 +97,7 @@ class Limits:
     timeout: float = 120.0  # seconds until an answer, or its first piece
     all_bodies: int = 64 << 20  # bytes of those that are read, or wait for their answers; at least room for one
     # In which a body has to come after its first bytes, beside what the least pace takes for those that have come; and in
-    # which an answer has to be read.
+    # which an answer, or a piece of a stream, has to be read.
     body_seconds: float = 30.0
 
     def check(self, method: str, headers: Mapping[str, str]) -> None:
@@ -118,12 +118,12 @@ class Limits:
         if (length_in(headers.get("content-length", "")) or 0) > most:
             raise too_large
         parts: List[bytes] = []
-        size = 0
-        began = time.monotonic()
+        size, began = 0, 0.0
         while True:
-            deadline = began + self.body_seconds + size / _LEAST_PACE
-            # Before the first part none holds room, and most bodies have no other.
-            message = await (_within(deadline, receive) if parts else receive())
+            if parts:
+                message = await _within(began + self.body_seconds + size / _LEAST_PACE, receive)
+            else:  # it holds no room yet, and most bodies have no other part
+                message, began = await receive(), time.monotonic()
             if message["type"] == "http.disconnect":
                 raise Left
             parts.append(message.get("body", b""))
@@ -325,19 +325,21 @@ class Application:
         )
 
     async def _replied(self, asked: Asked, receive: Receive, send: Send) -> None:
-        """Send what a call is answered, in pieces where it comes in pieces; until the client goes."""
+        """Send what a call is answered, in pieces where it comes in pieces; until the client goes, or reads nothing."""
         watch = asyncio.ensure_future(until_gone(receive))
+        seconds = self._limits.body_seconds
         try:
             event = await self._next(asked, watch, self._limits.timeout)
             if isinstance(event, Piece):
-                await send(_start(200, event.headers))
+                await sent_within(send, _start(200, event.headers), seconds)
                 while isinstance(event, Piece):
-                    await send({"type": "http.response.body", "body": event.body, "more_body": True})
+                    piece = {"type": "http.response.body", "body": event.body, "more_body": True}
+                    await sent_within(send, piece, seconds)
                     event = await self._next(asked, watch, None)
-                await send({"type": "http.response.body", "body": event.body})
+                await sent_within(send, {"type": "http.response.body", "body": event.body}, seconds)
             else:
                 headers = {"content-type": event.content_type, **event.headers}
-                await _send(send, event.status, event.body, headers, self._limits.body_seconds)
+                await _send(send, event.status, event.body, headers, seconds)
         finally:
             self._batcher.leave(asked)
             watch.cancel()
@@ -373,12 +375,11 @@ async def guarded(answer: Asgi, scope: Scope, receive: Receive, send: Send) -> N
     if scope["type"] == "lifespan":
         await _live(receive, send)
     elif scope["type"] == "http":
-        try:
-            await answer(scope, receive, send)
-        except Refused as refusal:
-            await replied(send, refusal.status, refusal.document(path_of(scope)), refusal.headers)
-        except Left:
-            pass
+        with contextlib.suppress(Left):
+            try:
+                await answer(scope, receive, send)
+            except Refused as refusal:
+                await replied(send, refusal.status, refusal.document(path_of(scope)), refusal.headers)
     else:
         await send({"type": "websocket.close"})
 
@@ -480,16 +481,23 @@ def _start(status: int, headers: Mapping[str, str]) -> Message:
 async def _send(send: Send, status: int, body: bytes, headers: Mapping[str, str], seconds: float) -> None:
     """Send an answer, whose parts have so many seconds beside what the least pace takes; raises Left where its client reads
     it slower, who would keep all of it here for as long as he stays."""
-    await send(_start(status, {"content-length": str(len(body)), **headers}))
-    if len(body) <= _PART:
-        await send({"type": "http.response.body", "body": body})
-        return
-    began = time.monotonic()
-    for start in range(0, len(body), _PART):
+    began, sent = time.monotonic(), 0
+    await sent_within(send, _start(status, {"content-length": str(len(body)), **headers}), seconds)
+    for message in in_parts(body):
+        await sent_within(send, message, began + seconds + sent / _LEAST_PACE - time.monotonic())
+        sent += len(message["body"])
+
+
+def in_parts(body: bytes) -> Iterator[Message]:
+    """The messages of a whole answer's body."""
+    for start in range(0, max(1, len(body)), _PART):
         end = start + _PART
-        message = {"type": "http.response.body", "body": body[start:end], "more_body": end < len(body)}
-        deadline = began + seconds + start / _LEAST_PACE
-        try:
-            await asyncio.wait_for(send(message), deadline - time.monotonic())
-        except asyncio.TimeoutError:
-            raise Left from None
+        yield {"type": "http.response.body", "body": body[start:end], "more_body": end < len(body)}
+
+
+async def sent_within(send: Send, message: Message, seconds: float) -> None:
+    """Send a message; raises Left where the client does not read what was sent before."""
+    try:
+        await asyncio.wait_for(send(message), seconds)
+    except asyncio.TimeoutError:
+        raise Left from None

@@ -240,10 +240,11 @@ class _Running:
 
     def turn(self) -> int:
         """Go one step further, and deliver the replies that there are now; returns the number of calls that were in it."""
+        gone = {job for job, _ in self.calls if job.gone}  # read once: the event loop sets it meanwhile
         for job, exchange in self.calls:
-            if job.gone:
+            if job in gone:
                 self._session.leave(exchange)
-        calls = self.calls = [each for each in self.calls if not each[0].gone]
+        calls = self.calls = [each for each in self.calls if each[0] not in gone]
         self._session.turn()
         for job, exchange in calls:
             if exchange.reply is not None:

@@ -9,6 +9,7 @@ import os
 from typing import TYPE_CHECKING, Any, Dict, Mapping
 
 if TYPE_CHECKING:
+    from traceserve_runtime.manifest import Manifest
     from traceserve_runtime.protocols.contract import Served
     from traceserve_runtime.service import Session
     from traceserve_runtime.texts.limits import RequestLimits
@@ -19,6 +20,12 @@ def canary_body(served: Served) -> Mapping[str, object]:
     if hasattr(served.task, "canary_body"):
         return served.task.canary_body(served.manifest)
     return served.task.sample_body(served.manifest.facts)
+
+
+def on_gpu(manifest: Manifest) -> bool:
+    """Whether an archive was built for GPUs; manifests of 0.2.0 have the name of their hardware alone."""
+    found: bool = getattr(manifest, "on_gpu", manifest.hardware == "gpu")
+    return found
 
 
 def body_limit(limits: RequestLimits, otherwise: int) -> int:

@@ -99,7 +99,7 @@ def _load(
                 f"the archive at {address} is {' '.join(own_name)}, and a signed one is not served as {name} {version or ''}"
             )
         config = _serving(folder)
-        device = "cuda:0" if gpu and manifest.hardware == "gpu" else "cpu"
+        device = "cuda:0" if gpu and earlier_runtimes.on_gpu(manifest) else "cpu"
         engine = Engine.load(folder, device, settings.read(config))
     engine.make_ready()
     service = Service(engine, name or manifest.name, version or manifest.version, **earlier_runtimes.mirror())

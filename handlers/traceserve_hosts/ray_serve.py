@@ -7,7 +7,7 @@ method, but knows neither clients that have gone nor pieces of a stream; `batche
 from __future__ import annotations
 
 import asyncio
-from typing import Any, AsyncIterator, Dict, List, Mapping, Optional
+from typing import Any, AsyncGenerator, AsyncIterator, Dict, List, Mapping, Optional
 
 import ray
 from ray import serve
@@ -156,7 +156,7 @@ class Front:
     def __serve_build_asgi_app__(self) -> Asgi:
         return _with_cors(self._router, self._options["cors_origin"])
 
-    async def _messages(self, name: str, version: str, scope: Scope, body: bytes) -> AsyncIterator[Message]:
+    async def _messages(self, name: str, version: str, scope: Scope, body: bytes) -> AsyncGenerator[Message, None]:
         application = self._applications[name, version]
         handle = self._handles.get(application)
         if handle is None:

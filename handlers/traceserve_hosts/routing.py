@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import random
-from typing import TYPE_CHECKING, AsyncIterator, Callable, Dict, List, Mapping, Optional, Tuple
+from typing import TYPE_CHECKING, AsyncGenerator, Callable, Dict, List, Mapping, Optional, Tuple
 
 from traceserve_hosts.asgi import (
     LIVENESS,
@@ -28,6 +28,7 @@ from traceserve_hosts.asgi import (
     path_of,
     replied,
     replied_live,
+    sent_within,
     until_gone,
 )
 
@@ -35,7 +36,7 @@ if TYPE_CHECKING:
     from traceserve_runtime.errors import TraceserveError
 
 # The messages of the answer that a name's version gives to a request with this body; cancelled where the client goes.
-Ask = Callable[[str, str, Scope, bytes], AsyncIterator[Message]]
+Ask = Callable[[str, str, Scope, bytes], AsyncGenerator[Message, None]]
 _PASSED = ("type", "method", "path", "query_string", "headers")  # of a scope; the rest is of this process alone
 _BEHIND = ("v1/models/", "v2/models/", "models/")  # a model's name
 _OF_SERVERS = ("v2",)  # every archive gives the same answer
@@ -76,9 +77,9 @@ class Router:
             asked = {key: scope[key] for key in _PASSED if key in scope}
             await self._relayed(self._ask(name, version, {**asked, "path": path}, body), receive, send)
 
-    async def _relayed(self, answer: AsyncIterator[Message], receive: Receive, send: Send) -> None:
-        """Send these messages; where the client goes first, whoever answers is cancelled, and Left raised."""
-        relaying = asyncio.ensure_future(_sent(answer, send))
+    async def _relayed(self, answer: AsyncGenerator[Message, None], receive: Receive, send: Send) -> None:
+        """Send these messages; where the client goes first, or reads nothing, whoever answers is cancelled, and Left raised."""
+        relaying = asyncio.ensure_future(_sent(answer, send, self._limits.body_seconds))
         watch = asyncio.ensure_future(until_gone(receive))
         try:
             await asyncio.wait({relaying, watch}, return_when=asyncio.FIRST_COMPLETED)
@@ -180,12 +181,15 @@ def _refused(error: TraceserveError) -> Refused:
     return Refused(error.status, type(error).__name__, error.message)
 
 
-async def _sent(answer: AsyncIterator[Message], send: Send) -> None:
-    async for message in answer:
-        await send(message)
+async def _sent(answer: AsyncGenerator[Message, None], send: Send, seconds: float) -> None:
+    try:
+        async for message in answer:
+            await sent_within(send, message, seconds)
+    finally:
+        await answer.aclose()  # else the error's frames keep it, and what it asked goes on
 
 
-async def messages(application: Asgi, scope: Scope, body: bytes) -> AsyncIterator[Message]:
+async def messages(application: Asgi, scope: Scope, body: bytes) -> AsyncGenerator[Message, None]:
     """What an application sends for a request whose body is there."""
     sent: asyncio.Queue[Optional[Message]] = asyncio.Queue()
     received: List[Message] = [{"type": "http.request", "body": body}]

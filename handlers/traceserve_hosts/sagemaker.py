@@ -19,7 +19,7 @@ import json
 import os
 import re
 import sys
-from typing import Dict, List, Mapping, Optional, Sequence
+from typing import Dict, List, Mapping, Optional, Sequence, Tuple
 
 from traceserve_hosts import web
 from traceserve_hosts.asgi import (
@@ -31,6 +31,7 @@ from traceserve_hosts.asgi import (
     Send,
     guarded,
     headers_of,
+    in_parts,
     path_of,
     replied,
 )
@@ -88,33 +89,39 @@ class InLines:
 
     def __init__(self, send: Send) -> None:
         self._send = send
-        self._start: Optional[Message] = None  # held back until the body is known
+        self._start: Optional[Message] = None  # held back until the whole body is known
+        self._parts: List[bytes] = []
 
     async def __call__(self, message: Message) -> None:
         """Send one message of an answer."""
-        if message["type"] == "http.response.start":
-            if message["status"] == 200:
-                self._start = message
-                return
-        elif self._start is not None:
-            start, self._start = self._start, None
+        if message["type"] == "http.response.start" and message["status"] == 200 and _may_be_a_list(message):
+            self._start = message
+        elif self._start is None:
+            await self._send(message)
+        else:
+            self._parts.append(message["body"])
             if not message.get("more_body", False):
-                start, message = _in_lines(start, message)
-            await self._send(start)
-        await self._send(message)
+                start, body = _in_lines(self._start, b"".join(self._parts))
+                await self._send(start)
+                for part in in_parts(body):
+                    await self._send(part)
 
 
-def _in_lines(start: Message, message: Message) -> List[Message]:
+def _may_be_a_list(start: Message) -> bool:
+    """Whether an answer that starts so is a whole document of JSON: a stream has no length."""
+    headers = dict(start["headers"])
+    return b"content-length" in headers and headers.get(b"content-type") == b"application/json"
+
+
+def _in_lines(start: Message, body: bytes) -> Tuple[Message, bytes]:
     """A whole answer, as JSON lines if it is a list."""
-    if dict(start["headers"]).get(b"content-type") != b"application/json":
-        return [start, message]
-    answers = json.loads(message["body"])
+    answers = json.loads(body)
     if not isinstance(answers, list):
-        return [start, message]
+        return start, body
     body = "".join(json.dumps(answer, ensure_ascii=False) + "\n" for answer in answers).encode("utf-8")
     changed = {b"content-type": _LINES.encode(), b"content-length": str(len(body)).encode()}
     headers = [(name, changed.get(name, value)) for name, value in start["headers"]]
-    return [{**start, "headers": headers}, {**message, "body": body}]
+    return {**start, "headers": headers}, body
 
 
 def _wants_lines(headers: Mapping[str, str]) -> bool:

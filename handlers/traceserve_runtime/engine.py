@@ -122,7 +122,7 @@ class Engine:
             self._tokens_since = 0
         self.scheduler.idle()
 
-    def read(self, tokens: int) -> None:
+    def count_tokens(self, tokens: int) -> None:
         """Count tokens of requests; see `idle`."""
         self._tokens_since += tokens
 
@@ -232,9 +232,8 @@ class Engine:
             arrays.append(output)
 
         def decode() -> Answer:
-            value = self.task.answer(request, encoded.rows, arrays)
-            tokens = sum(row.length for row in encoded.rows)
-            answer = Answer(value, encoded.unseen, tokens, self.task.details(request, encoded.rows, arrays))
+            value, details = self.task.answer(request, encoded.rows, arrays)
+            answer = Answer(value, encoded.unseen, sum(row.length for row in encoded.rows), details)
             if not request.continues:
                 return answer
             return replace(answer, continuation=self.task.continuation(request, encoded.rows, arrays, answer))
@@ -315,7 +314,7 @@ class Work:
                 if isinstance(item, TraceserveError):
                     pending.result = item
                     continue
-                self._engine.read(sum(row.length for row in item.rows))
+                self._engine.count_tokens(sum(row.length for row in item.rows))
                 emit = partial(pending.emit, item.unseen) if pending.emit else None
                 jobs = [Job(row, pending.request, emit) for row in item.rows]
                 if self._loop is None:

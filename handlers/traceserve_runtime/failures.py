@@ -61,6 +61,11 @@ def unexpected(error: BaseException, doing: str) -> TraceserveError:
     return failure
 
 
+def not_a_number() -> ModelFailure:
+    """Return the error for a request for which the model gave something other than numbers."""
+    return ModelFailure("the model gave a value that is not a number (NaN or infinite) for this input")
+
+
 def of_the_model(error: Exception) -> ModelFailure:
     """Return the error for a request on which the model failed: the last line of the message, since the first is
     torch's."""

@@ -24,7 +24,7 @@ from traceserve_runtime.mirror import Mirror
 from traceserve_runtime.pending import Pending
 from traceserve_runtime.protocols import protocol_of
 from traceserve_runtime.protocols.bodies import Headers
-from traceserve_runtime.protocols.contract import Body, Document, Protocol, Served
+from traceserve_runtime.protocols.contract import Body, Document, ErrorFormat, Protocol, Served
 from traceserve_runtime.streaming import Stream
 from traceserve_runtime.tasks.contract import Answer, Request, Task, WrittenToken
 
@@ -116,15 +116,17 @@ class Service:
         return body
 
     def reply_to(self, exchange: Exchange, result: _Result, stats: Stats) -> Reply:
-        """Return the response to a call that is being answered."""
-        result = exchange.failure(result, stats) if isinstance(result, TraceserveError) else result
-        return self.reply(exchange.call, exchange.protocol, result, stats)
-
-    def reply(self, call: Call, protocol: Protocol, result: _Result, stats: Stats) -> Reply:
-        """Return the response to a call."""
-        if isinstance(result, TraceserveError):
+        """Return the response to a call that is being answered; an error ends a stream that has begun, since its status was
+        already sent."""
+        if isinstance(result, TraceserveError) and exchange.begun:
             stats.count_error(result)
-            return self._failed(call, protocol, result)
+            result = exchange.ended(result)
+        return self.reply(exchange.call, exchange.errors, result, stats)
+
+    def reply(self, call: Call, errors: ErrorFormat, result: _Result, stats: Stats) -> Reply:
+        """Return the response to a call, whose errors have this format."""
+        if isinstance(result, TraceserveError):
+            return self._failed(call, errors, result, stats)
         unseen = {i: answer.unseen for i, answer in enumerate(result.answers) if answer.unseen}
         headers = {**result.document.headers, **_truncated(unseen)}
         try:
@@ -132,8 +134,7 @@ class Service:
         except Exception as error:  # the edge of one request: an answer that is not JSON
             unexpected = failures.unexpected(error, "it wrote this answer")
             failures.log([unexpected])
-            stats.count_error(unexpected)
-            return self._failed(call, protocol, unexpected)
+            return self._failed(call, errors, unexpected, stats)
 
     def show(self, exchange: Exchange, result: _Result) -> None:
         """Show a call's requests and answers in the mirror; predictions alone, since these are compared."""
@@ -142,9 +143,10 @@ class Service:
         if not any(request.explain for request in exchange.requests):
             self.mirror.show((self.served.name, self.served.version), exchange.requests, result.answers)
 
-    def _failed(self, call: Call, protocol: Protocol, error: TraceserveError) -> Reply:
+    def _failed(self, call: Call, errors: ErrorFormat, error: TraceserveError, stats: Stats) -> Reply:
+        stats.count_error(error)
         try:
-            refusal = protocol.error(error, call.parts, call.headers, self.served)
+            refusal = errors.error(error, call.parts, call.headers, self.served)
             return Reply(_encoded(refusal.document), status=refusal.status, phrase=refusal.phrase)
         except Exception as another:  # the edge of one request: not even its error fits its own format
             failures.log([failures.unexpected(another, "it wrote this error")])
@@ -193,7 +195,7 @@ class Exchange:
         self, call: Call, protocol: Protocol, body: Union[Body, Document, TraceserveError], send: Optional[SendPiece]
     ) -> None:
         self.call = call
-        self.protocol = protocol
+        self.errors: ErrorFormat = (body.errors if isinstance(body, Body) else None) or protocol
         self.reply: Optional[Reply] = None  # once answered
         self.requests: Sequence[Request] = body.requests if isinstance(body, Body) else ()
         self.pending: List[Pending] = []  # of its requests
@@ -225,7 +227,12 @@ class Exchange:
         """Whether all its requests are."""
         return all(pending.done for pending in self.pending)
 
-    def result(self, served: Served, task: Task, stats: Stats) -> _Result:
+    @property
+    def begun(self) -> bool:
+        """Whether something of its stream was sent."""
+        return self._stream.started
+
+    def result(self, served: Served, task: Task) -> _Result:
         """Return the response's content, once done."""
         body, stream = self._body, self._stream
         if not isinstance(body, Body):
@@ -233,13 +240,9 @@ class Exchange:
         answers: List[Answer] = []
         for i, pending in enumerate(self.pending):
             answer = pending.answer()
-            if isinstance(answer, Answer):
-                answers.append(answer)
-                continue
-            placed = _at(answer, body.field_path(i, answer.field))
-            if stream.started:
-                failures.log([placed])
-            return self.failure(placed, stats)
+            if isinstance(answer, TraceserveError):
+                return _at(answer, body.field_path(i, answer.field))
+            answers.append(answer)
         if body.requests and task.streams(body.requests[0]):
             answer = answers[0].continued
             last = stream.rest(str(answer.value), answer)
@@ -247,11 +250,8 @@ class Exchange:
         document = body.protocol.reply(answers, served)
         return _Answered(document if isinstance(document, Document) else Document(document), answers)
 
-    def failure(self, error: TraceserveError, stats: Stats) -> _Result:
-        """Return the response to an error, which ends a stream that has begun: its status was already sent."""
-        if not self._stream.started:
-            return error
-        stats.count_error(error)
+    def ended(self, error: TraceserveError) -> _Answered:
+        """Return the last piece of a stream that fails."""
         return _Answered(Document(self._stream.ended(error), self._stream.content_type))
 
 
@@ -335,7 +335,7 @@ class Session:
             self._work = self._opened()
 
     def _result(self, exchange: Exchange) -> _Result:
-        return exchange.result(self._service.served, self._service.engine.task, self._stats)
+        return exchange.result(self._service.served, self._service.engine.task)
 
     def _fail(self, exchanges: Sequence[Exchange], error: Exception) -> None:
         unexpected = failures.unexpected(error, "it answered this request")

@@ -57,11 +57,11 @@ class Stream:
             self._told = text
 
     def rest(self, text: str, answer: Optional[Answer] = None) -> bytes:
-        """Return the unsent rest of the text; or the error if the stream began with another text."""
+        """Return the unsent rest of the text; raises ModelFailure if the stream began with another text."""
         if not text.startswith(self._told):
             self._begin_anew()
         if self._broken:
-            return self.ended(ModelFailure("the model failed while it wrote, and began another text; ask again"))
+            raise ModelFailure("the model failed while it wrote, and began another text; ask again")
         return self._frames.end(text[len(self._told) :], answer or Answer(text), self._tokens)
 
     def close(self) -> None:

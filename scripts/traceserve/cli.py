@@ -93,7 +93,7 @@ def _full_disk(error: Exception, options: argparse.Namespace) -> Optional[NoSpac
     if isinstance(error, (NoSpace, UnwritableOutput)) or not space.is_full(error):
         return None
     places = [getattr(options, name, None) or Path() for name in ("output", "store")]
-    return space.told(error, places)
+    return space.full_disk_error(error, places)
 
 
 # What the system says of a path that a user named, and what to do.

@@ -50,7 +50,6 @@ class Member:
         self.row = row
         self.beams = beams
         self.search: Optional[Search] = None
-        self.sound = True  # whether all its logits had a likeliest token
         self.error: Optional[Exception] = None  # why it could not be written
         self.done = False  # set it, and the row leaves the loop
         self.alone = False  # a step with it failed, so it is written again by itself
@@ -62,12 +61,14 @@ class Member:
             self.search = self._begin()
 
     def advance(self, logits: np.ndarray, sound: bool) -> Optional[Moves]:
-        """Return its next rows after the logits of the last ones, (rows, vocabulary), which can be chosen from if `sound`;
+        """Return its next rows after the logits of the last ones, (rows, vocabulary), each with a likeliest token if `sound`;
         None when done."""
         assert self.search is not None
-        self.sound = sound
+        if not sound:
+            self.error, self.done = failures.not_a_number(), True
+            return None
         with failures.panics():
-            moves = self.search.advance(logits) if self.sound else None
+            moves = self.search.advance(logits)
         self.done = moves is None
         return moves
 
@@ -132,9 +133,9 @@ class _Group:
 
     def _advance(self, widths: Sequence[Tuple[Member, int]], logits: np.ndarray, begin: bool = False) -> List[_Failed]:
         """Give each member the logits of its rows, and let it `begin` before the first ones; return those that failed."""
-        self._live, self._rows, failed = [], 0, []
         # Of all rows at once. The maximum is NaN if there is one, and -inf if no token is possible.
         sound = np.isfinite(logits.max(axis=1)).tolist()
+        self._live, self._rows, failed = [], 0, []  # not before: if that fails, the members are tried again
         for member, width in widths:
             start = self._rows
             self._rows += width

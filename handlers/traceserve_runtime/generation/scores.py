@@ -14,8 +14,8 @@ from traceserve_runtime.softmax import log_softmax, softmax
 NEVER = np.float32(-np.inf)
 _LEAST = np.finfo(np.float32).min
 _FEW = 256  # tokens that are looked at first; in most texts these have nearly all of the probability
-# Changes a row's scores, (vocabulary), in place, by its prompt and its tokens so far.
-Change = Callable[[np.ndarray, Sequence[int], Sequence[int], "GenerationSettings"], None]
+# Changes a row's scores, (vocabulary), in place, by its prompt, int64 of shape (tokens), and its tokens so far.
+Change = Callable[[np.ndarray, np.ndarray, Sequence[int], "GenerationSettings"], None]
 
 
 @dataclass(frozen=True)
@@ -75,11 +75,17 @@ class GenerationSettings:
         tokens, added = zip(*self.bias)
         return np.array(tokens, dtype=np.int64), np.array(added, dtype=np.float32)
 
+    @cached_property
+    def source_ids(self) -> np.ndarray:
+        """`source` as an array, int64."""
+        return np.array(self.source, dtype=np.int64)
+
 
 def processed(
-    scores: np.ndarray, prompt: Sequence[int], tokens: Sequence[int], settings: GenerationSettings
+    scores: np.ndarray, prompt: np.ndarray, tokens: Sequence[int], settings: GenerationSettings
 ) -> np.ndarray:
-    """Return the next token's scores, (vocabulary), after restrictions and penalties; `scores` itself without any."""
+    """Return the next token's scores, (vocabulary), after restrictions and penalties; `scores` itself without any.
+    `prompt` is int64."""
     if settings.changes:
         scores = scores.copy()
         for change in settings.changes:
@@ -87,60 +93,63 @@ def processed(
     return log_softmax(scores) if settings.renormalize else scores
 
 
-def _biased(scores: np.ndarray, prompt: Sequence[int], tokens: Sequence[int], settings: GenerationSettings) -> None:
+def _biased(scores: np.ndarray, prompt: np.ndarray, tokens: Sequence[int], settings: GenerationSettings) -> None:
     biased, added = settings.biases
     scores[biased] += added
 
 
 def _source_repetition(
-    scores: np.ndarray, prompt: Sequence[int], tokens: Sequence[int], settings: GenerationSettings
+    scores: np.ndarray, prompt: np.ndarray, tokens: Sequence[int], settings: GenerationSettings
 ) -> None:
-    _penalize(scores, settings.source, 1 / settings.source_penalty)
+    _penalize(scores, settings.source_ids, 1 / settings.source_penalty)
 
 
-def _repetition(scores: np.ndarray, prompt: Sequence[int], tokens: Sequence[int], settings: GenerationSettings) -> None:
-    _penalize(scores, [*prompt, *tokens], settings.repetition_penalty)
+def _repetition(scores: np.ndarray, prompt: np.ndarray, tokens: Sequence[int], settings: GenerationSettings) -> None:
+    _penalize(scores, _whole(prompt, tokens), settings.repetition_penalty)
 
 
-def _penalize(scores: np.ndarray, seen: Sequence[int], factor: float) -> None:
-    ids, penalty = np.unique(seen), np.float32(factor)
-    scores[ids] = np.where(scores[ids] < 0, scores[ids] * penalty, scores[ids] / penalty)
+def _whole(prompt: np.ndarray, tokens: Sequence[int]) -> np.ndarray:
+    return np.concatenate((prompt, np.array(tokens, dtype=np.int64)))
 
 
-def _ngrams(scores: np.ndarray, prompt: Sequence[int], tokens: Sequence[int], settings: GenerationSettings) -> None:
-    whole = [*prompt, *tokens]
+def _penalize(scores: np.ndarray, seen: np.ndarray, factor: float) -> None:
+    own, penalty = scores[seen], np.float32(factor)
+    scores[seen] = np.where(own < 0, own * penalty, own / penalty)  # the same for a token that is seen twice
+
+
+def _ngrams(scores: np.ndarray, prompt: np.ndarray, tokens: Sequence[int], settings: GenerationSettings) -> None:
+    whole = _whole(prompt, tokens)
     _exclude_ngrams(scores, whole, whole, settings.no_repeat_ngram_size)
 
 
-def _source_ngrams(
-    scores: np.ndarray, prompt: Sequence[int], tokens: Sequence[int], settings: GenerationSettings
-) -> None:
-    _exclude_ngrams(scores, [*prompt, *tokens], settings.source, settings.source_ngram_size)
+def _source_ngrams(scores: np.ndarray, prompt: np.ndarray, tokens: Sequence[int], settings: GenerationSettings) -> None:
+    _exclude_ngrams(scores, _whole(prompt, tokens), settings.source_ids, settings.source_ngram_size)
 
 
-def _exclude_ngrams(scores: np.ndarray, whole: Sequence[int], source: Sequence[int], size: int) -> None:
+def _exclude_ngrams(scores: np.ndarray, whole: np.ndarray, source: np.ndarray, size: int) -> None:
     """Exclude the tokens with which the text would end in `size` tokens of the source."""
     if size > len(whole) + 1:
         return
-    last = tuple(whole[len(whole) - size + 1 :])
-    for i in range(len(source) - size + 1):
-        if tuple(source[i : i + size - 1]) == last:
-            scores[source[i + size - 1]] = NEVER
+    begins = np.arange(len(source) - size + 1)
+    for i, token in enumerate(whole[len(whole) - size + 1 :]):
+        begins = begins[source[begins + i] == token]
+    scores[source[begins + size - 1]] = NEVER
 
 
-def _bad_words(scores: np.ndarray, prompt: Sequence[int], tokens: Sequence[int], settings: GenerationSettings) -> None:
-    whole = [*prompt, *tokens]
+def _bad_words(scores: np.ndarray, prompt: np.ndarray, tokens: Sequence[int], settings: GenerationSettings) -> None:
+    longest = max(map(len, settings.bad_words_ids))
+    last = [*prompt[-longest:].tolist(), *tokens[-longest:]]
     for word in settings.bad_words_ids:
-        if len(word) == 1 or whole[len(whole) - len(word) + 1 :] == list(word[:-1]):
+        if len(word) == 1 or last[len(last) - len(word) + 1 :] == list(word[:-1]):
             scores[word[-1]] = NEVER
 
 
-def _minimum(scores: np.ndarray, prompt: Sequence[int], tokens: Sequence[int], settings: GenerationSettings) -> None:
+def _minimum(scores: np.ndarray, prompt: np.ndarray, tokens: Sequence[int], settings: GenerationSettings) -> None:
     if len(tokens) < settings.min_new_tokens or len(prompt) + len(tokens) < settings.min_length:
         scores[list(settings.eos_ids)] = NEVER
 
 
-def _forced(scores: np.ndarray, prompt: Sequence[int], tokens: Sequence[int], settings: GenerationSettings) -> None:
+def _forced(scores: np.ndarray, prompt: np.ndarray, tokens: Sequence[int], settings: GenerationSettings) -> None:
     forced: Sequence[int] = ()
     if settings.forced_bos_id is not None and len(prompt) + len(tokens) == 1:
         forced = (settings.forced_bos_id,)
@@ -151,13 +160,13 @@ def _forced(scores: np.ndarray, prompt: Sequence[int], tokens: Sequence[int], se
         scores[list(forced)] = 0
 
 
-def _suppressed(scores: np.ndarray, prompt: Sequence[int], tokens: Sequence[int], settings: GenerationSettings) -> None:
+def _suppressed(scores: np.ndarray, prompt: np.ndarray, tokens: Sequence[int], settings: GenerationSettings) -> None:
     scores[list(settings.suppress_ids)] = NEVER
     if len(tokens) == (1 if settings.forced_bos_id is not None and len(prompt) == 1 else 0):
         scores[list(settings.begin_suppress_ids)] = NEVER
 
 
-def _written(scores: np.ndarray, prompt: Sequence[int], tokens: Sequence[int], settings: GenerationSettings) -> None:
+def _written(scores: np.ndarray, prompt: np.ndarray, tokens: Sequence[int], settings: GenerationSettings) -> None:
     if tokens:
         seen, times = np.unique(tokens, return_counts=True)
         penalties = settings.presence_penalty + settings.frequency_penalty * times

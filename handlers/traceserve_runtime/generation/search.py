@@ -68,7 +68,7 @@ class Sampling:
         on_token: Optional[OnToken] = None,
     ) -> None:
         self._tokens: List[int] = []
-        self._prompt = list(prompt)
+        self._prompt = np.array(prompt, dtype=np.int64)
         self._settings = settings
         self._ends = ends
         self._on_token = on_token
@@ -117,7 +117,7 @@ class Beams:
     def __init__(
         self, prompt: Sequence[int], settings: GenerationSettings, ends: Optional[Callable[[List[int]], bool]] = None
     ) -> None:
-        self._prompt = list(prompt)
+        self._prompt = np.array(prompt, dtype=np.int64)
         self._settings = settings
         self._ends = ends
         self._running: List[List[int]] = [[]]

@@ -67,6 +67,12 @@ class Feed:
         self._stats.padded_tokens += len(rows)
         return self._step(inputs, rows)
 
+    def _start(self) -> None:
+        """Make the state before the first step: an encoder reads the prompts here."""
+        started = time.perf_counter()
+        self._state = self._runner.start(self._prompts)
+        self._stats.model_seconds += time.perf_counter() - started
+
     def _step(self, inputs: Arrays, rows: Optional[np.ndarray] = None) -> np.ndarray:
         """Return the logits after one step, for all rows of the last one or for `rows`."""
         if rows is not None and np.array_equal(rows, np.arange(self._state[0].shape[0])):
@@ -86,7 +92,7 @@ class DecoderFeed(Feed):
 
     def read(self, rows: np.ndarray, most: float) -> Optional[np.ndarray]:
         if not self._done:
-            self._state = self._runner.start(self._prompts)
+            self._start()
         self._mask = self._mask[rows]
         self._prompts = {name: array[rows] for name, array in self._prompts.items()}
         begin, self._done = self._done, self._done + self._part(most)
@@ -132,7 +138,7 @@ class EncoderDecoderFeed(Feed):
     joins = False  # the decoder's rows have no mask
 
     def read(self, rows: np.ndarray, most: float) -> Optional[np.ndarray]:
-        self._state = self._runner.start(self._prompts)
+        self._start()
         self.part = self._mask.size
         self._mask = self._mask[rows]
         begin = np.full((len(rows), 1), self._manifest.facts["start_id"], dtype=np.int64)

@@ -9,7 +9,7 @@ from traceserve_runtime.errors import NotFound, TraceserveError
 from traceserve_runtime.protocols import explaining, huggingface, metadata, openai, openapi, ranking, tei
 from traceserve_runtime.protocols.bodies import Headers
 from traceserve_runtime.protocols.contract import Body, Document, Protocol, Refusal, Served
-from traceserve_runtime.protocols.requests import Native, in_words
+from traceserve_runtime.protocols.requests import KServeErrors, Native, NativeErrors
 from traceserve_runtime.protocols.wording import short
 
 # Keyed by the path behind the model's name and version.
@@ -48,17 +48,16 @@ _OF_MODELS: Tuple[Tuple[Pattern[str], Protocol], ...] = (
 
 
 class _Nothing:
-    """A path that serves nothing."""
+    """A path that serves nothing; tritonclient asks at some, as for a repository's index."""
 
     def read(self, parts: Mapping[str, object], headers: Headers, served: Served, group: int) -> Union[Body, Document]:
         known = ", ".join(f"/{path}" for path in sorted(PROTOCOLS) if path)
         raise NotFound(f"nothing is served at /{short(headers.path)}; behind the model's version there are: {known}")
 
     def error(self, error: TraceserveError, parts: Mapping[str, object], headers: Headers, served: Served) -> Refusal:
-        """Return a string where tritonclient asks, as for a repository's index: it fails on an error that is an object."""
-        if headers.path.strip("/").startswith("v2/"):
-            return Refusal.of({"error": in_words(error)}, error)
-        return Refusal.of(error.to_json(), error)
+        """Return the error in the format of the path's clients."""
+        of_kserve = headers.path.strip("/").startswith("v2/")
+        return (KServeErrors() if of_kserve else NativeErrors()).error(error, parts, headers, served)
 
 
 _NOTHING = _Nothing()

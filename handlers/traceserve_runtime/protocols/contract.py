@@ -56,6 +56,14 @@ class Frames(Interface):
         ...
 
 
+class ErrorFormat(Interface):
+    """The response format for a call that fails."""
+
+    def error(self, error: TraceserveError, parts: Mapping[str, object], headers: Headers, served: Served) -> Refusal:
+        """Return the response to an error."""
+        ...
+
+
 @dataclass(frozen=True)
 class Body:
     """The requests of one call and their response format; with `frames` the answer may be streamed."""
@@ -63,6 +71,8 @@ class Body:
     requests: List[Request]
     protocol: Form
     frames: Optional[Frames] = field(default=None, compare=False)
+    # Of the format that was recognized; None: of the path.
+    errors: Optional[ErrorFormat] = field(default=None, compare=False)
 
     @property
     def streamable(self) -> bool:
@@ -103,13 +113,9 @@ class Refusal:
 Response = Union[Json, Document]
 
 
-class Protocol(Interface):
-    """A protocol, or one path of it."""
+class Protocol(ErrorFormat, Interface):
+    """A protocol, or one path of it. Its `error` finds the format of a call that it could not read."""
 
     def read(self, parts: Mapping[str, object], headers: Headers, served: Served, group: int) -> Union[Body, Document]:
         """Read a call; `group` numbers it. Raises a TraceserveError with a 4xx status that names the field."""
-        ...
-
-    def error(self, error: TraceserveError, parts: Mapping[str, object], headers: Headers, served: Served) -> Refusal:
-        """Return the response to an error."""
         ...

@@ -1,4 +1,4 @@
-"""ExplainedBodies: bodies as for predictions, with more parameters; what is answered explains each request's answer.
+"""Requests for explanations: bodies as for predictions, with more parameters; each answer explains a prediction.
 
 TorchServe marks what comes by `/explanations/NAME`, `/v1/models/NAME:explain` and `/v2/models/NAME/explain`.
 """
@@ -15,7 +15,7 @@ from traceserve_runtime.protocols.bodies import Headers
 from traceserve_runtime.protocols.contract import Body, Refusal, Served
 from traceserve_runtime.protocols.fields import classifies
 from traceserve_runtime.protocols.kserve import Instances
-from traceserve_runtime.protocols.requests import Native, parse_value
+from traceserve_runtime.protocols.requests import Native, errors_of, parse_value
 from traceserve_runtime.protocols.wording import short
 from traceserve_runtime.tasks.explained import explained
 
@@ -45,7 +45,7 @@ class ExplainedBodies:
         requests = [
             replace(request, explain=True, parameters={**chosen, **request.parameters}) for request in body.requests
         ]
-        return Body(requests, form)
+        return Body(requests, form, errors=errors_of(body, headers))
 
     def error(self, error: TraceserveError, parts: Mapping[str, object], headers: Headers, served: Served) -> Refusal:
         """Return the error in the format of its protocol."""

@@ -6,29 +6,22 @@ exist on TorchServe too.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Dict, List, Mapping, Union
 
 from traceserve_runtime import __version__
-from traceserve_runtime.errors import NotFound, NotOffered, TraceserveError
+from traceserve_runtime.errors import NotFound, NotOffered
 from traceserve_runtime.json_types import JsonObject
 from traceserve_runtime.protocols.bodies import Headers
-from traceserve_runtime.protocols.contract import Body, Document, Refusal, Served
+from traceserve_runtime.protocols.contract import Body, Document, Served
 from traceserve_runtime.protocols.explaining import ExplainedBodies
 from traceserve_runtime.protocols.fields import check_served
 from traceserve_runtime.protocols.open_inference import OUTPUT
-from traceserve_runtime.protocols.requests import Native, in_words
+from traceserve_runtime.protocols.requests import KServeErrors, Native
 from traceserve_runtime.protocols.wording import short
 
 
-class _KServe:
-    """The error format of all of them."""
-
-    def error(self, error: TraceserveError, parts: Mapping[str, object], headers: Headers, served: Served) -> Refusal:
-        """Return a string: KServe's own clients fail on an error that is an object."""
-        return Refusal.of({"error": in_words(error)}, error)
-
-
-class ServerMetadata(_KServe):
+class ServerMetadata(KServeErrors):
     """The server's name and version, in the Open Inference Protocol."""
 
     def read(self, parts: Mapping[str, object], headers: Headers, served: Served, group: int) -> Document:
@@ -36,7 +29,7 @@ class ServerMetadata(_KServe):
         return Document({"name": "traceserve", "version": __version__, "extensions": ["binary_tensor_data"]})
 
 
-class ReadyState(_KServe):
+class ReadyState(KServeErrors):
     """An answer means that the worker runs, with its model loaded."""
 
     def __init__(self, name: str) -> None:
@@ -47,7 +40,7 @@ class ReadyState(_KServe):
         return Document({self._name: True})
 
 
-class ModelMetadata(_KServe):
+class ModelMetadata(KServeErrors):
     """Everything below /v2/models/NAME, with or without /versions/VERSION."""
 
     def __init__(self) -> None:
@@ -63,9 +56,9 @@ class ModelMetadata(_KServe):
             if version != served.version:
                 raise NotFound(f"version {short(version)} is not served here; {served.version} is")
         if rest == "infer":
-            return self._native.read(parts, headers, served, group)
+            return replace(self._native.read(parts, headers, served, group), errors=self)
         if rest == "explain":
-            return self._explanations.read(parts, headers, served, group)
+            return replace(self._explanations.read(parts, headers, served, group), errors=self)
         if rest not in ("", "ready"):
             raise NotFound(
                 f"nothing is served at /{short(headers.path)}; behind the model there are /infer, /explain and /ready"
@@ -73,7 +66,7 @@ class ModelMetadata(_KServe):
         return Document({"name": served.name, "ready": True} if rest else _described(served))
 
 
-class Prediction(_KServe):
+class Prediction(KServeErrors):
     """POST /v1/models/NAME:predict and :explain"""
 
     def __init__(self) -> None:
@@ -85,7 +78,7 @@ class Prediction(_KServe):
         check_served(name, served)
         if verb not in self._verbs:
             raise NotOffered(f"the verb {short(verb)} is not offered here; {' and '.join(self._verbs)} are")
-        return self._verbs[verb].read(parts, headers, served, group)
+        return replace(self._verbs[verb].read(parts, headers, served, group), errors=self)
 
 
 def _described(served: Served) -> JsonObject:

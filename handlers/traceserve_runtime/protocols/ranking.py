@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Dict, List, Mapping, Sequence
 
 from traceserve_runtime.errors import InvalidRequest, TraceserveError
@@ -53,17 +53,26 @@ _SCORE: Dict[str, Key] = {
 _CLASSIFY: Dict[str, Key] = {"model": IGNORED, "user": IGNORED, "input": READ}
 
 
+class _RankErrors:
+    """The error format of Jina's and Cohere's clients."""
+
+    def error(self, error: TraceserveError, parts: Mapping[str, object], headers: Headers, served: Served) -> Refusal:
+        """Return the error by the names that either reads."""
+        message = plain_message(error)
+        return refusal_of(error, message=message, detail=message)
+
+
 class Rerank:
     """`{"query", "documents", "top_n"}` to `{"results": [{"index", "relevance_score"}]}`, best first; or a TEI call,
     which has "texts" at the same path."""
 
-    _tei = tei.TeiRerank()
+    _tei, _ranks = tei.TeiRerank(), _RankErrors()
 
     def read(self, parts: Mapping[str, object], headers: Headers, served: Served, group: int) -> Body:
         """Read one request."""
         value = json_body(parts, headers, served)
         if _is_tei(value):
-            return self._tei.read_value(value, served, group)
+            return replace(self._tei.read_value(value, served, group), errors=self._tei)
         asked: Dict[str, object] = {
             **read_keys(value, _RERANK),
             "sort": True,
@@ -71,7 +80,8 @@ class Rerank:
         }
         documents = [_document(item, f"documents[{i}]") for i, item in enumerate(_list(value, "documents"))]
         form = _Ranks({}, foreign_names(_RERANK))
-        return tei.ranking({**value, "documents": documents}, "documents", asked, _RERANK, served, group, form)
+        body = tei.ranking({**value, "documents": documents}, "documents", asked, _RERANK, served, group, form)
+        return replace(body, errors=self._ranks)
 
     def error(self, error: TraceserveError, parts: Mapping[str, object], headers: Headers, served: Served) -> Refusal:
         """Return the error in the caller's format."""
@@ -79,10 +89,7 @@ class Rerank:
             value = bodies.read_body(parts, headers, served.task, served.manifest.max_rows)
         except TraceserveError:  # whose body nobody can read
             value = None
-        if _is_tei(value):
-            return self._tei.error(error, parts, headers, served)
-        message = plain_message(error)
-        return refusal_of(error, message=message, detail=message)
+        return (self._tei if _is_tei(value) else self._ranks).error(error, parts, headers, served)
 
 
 def _is_tei(value: object) -> bool:

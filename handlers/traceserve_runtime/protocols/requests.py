@@ -8,12 +8,14 @@ list; or it belongs to another protocol, see `protocols`.
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from typing import Dict, List, Mapping, Tuple, Type
 
 from traceserve_runtime.errors import InputTooLong, InvalidRequest, TraceserveError
 from traceserve_runtime.protocols import bodies
 from traceserve_runtime.protocols.bodies import LEGAL_BODIES, UNUSED_FIELDS, Headers
-from traceserve_runtime.protocols.contract import Body, Refusal, Served
+from traceserve_runtime.protocols.contract import Body, ErrorFormat, Refusal, Served
+from traceserve_runtime.protocols.decoding import decompress
 from traceserve_runtime.protocols.kserve import Instances
 from traceserve_runtime.protocols.native import PLAIN_TEXT, Plain
 from traceserve_runtime.protocols.open_inference import are_tensors, infer_error, read_tensors
@@ -33,20 +35,53 @@ from traceserve_runtime.protocols.wording import (
 from traceserve_runtime.tasks.contract import Request, Task
 
 
+class KServeErrors:
+    """The error format of KServe's protocols."""
+
+    def error(self, error: TraceserveError, parts: Mapping[str, object], headers: Headers, served: Served) -> Refusal:
+        """Return a string: KServe's clients and tritonclient fail on an error that is an object."""
+        return Refusal.of({"error": in_words(error)}, error)
+
+
+class NativeErrors:
+    """The error format of our own protocol."""
+
+    def error(self, error: TraceserveError, parts: Mapping[str, object], headers: Headers, served: Served) -> Refusal:
+        """Return an object with the error's type, message and field."""
+        return Refusal.of(error.to_json(), error)
+
+
+class _InferErrors:
+    """The error format of gRPC's ModelInfer."""
+
+    def error(self, error: TraceserveError, parts: Mapping[str, object], headers: Headers, served: Served) -> Refusal:
+        """Return an output tensor."""
+        return Refusal.of(infer_error(error, parts["body"], served), error)
+
+
 class Native:
     """Our own protocol and KServe's two, which are recognized by the body."""
 
     def read(self, parts: Mapping[str, object], headers: Headers, served: Served, group: int) -> Body:
         """Read a call."""
-        return parse_requests(parts, headers, served.task, group, served.manifest.max_rows)
+        body = parse_requests(parts, headers, served.task, group, served.manifest.max_rows)
+        return replace(body, errors=errors_of(body, headers))
 
     def error(self, error: TraceserveError, parts: Mapping[str, object], headers: Headers, served: Served) -> Refusal:
-        """Return the error in the format of its protocol: KServe's clients fail on an error that is not a string."""
-        if headers.infer:
-            return Refusal.of(infer_error(error, parts["body"], served), error)
-        if _is_of_kserve(parts.get("body"), headers):
-            return Refusal.of({"error": in_words(error)}, error)
-        return Refusal.of(error.to_json(), error)
+        """Return the error in the format of its protocol."""
+        own = _errors(headers, _is_of_kserve(parts.get("body"), headers))
+        return own.error(error, parts, headers, served)
+
+
+def errors_of(body: Body, headers: Headers) -> ErrorFormat:
+    """Return the error format of a body's protocol, one of those that `Native` reads."""
+    return _errors(headers, type(body.protocol) is not Plain)
+
+
+def _errors(headers: Headers, of_kserve: bool) -> ErrorFormat:
+    if headers.infer:
+        return _InferErrors()
+    return KServeErrors() if of_kserve else NativeErrors()
 
 
 def in_words(error: TraceserveError) -> str:
@@ -59,7 +94,11 @@ def _is_of_kserve(body: object, headers: Headers) -> bool:
     if headers.binary is not None:
         return True
     if isinstance(body, (bytes, bytearray)):
-        if b'"instances"' not in body and b'"datatype"' not in body:
+        try:
+            body = decompress(body, headers.content_encoding)
+        except TraceserveError:
+            return False
+        if not isinstance(body, (bytes, bytearray)) or (b'"instances"' not in body and b'"datatype"' not in body):
             return False
         try:
             body = parse_json(bytes(body).decode("utf-8"))

@@ -172,14 +172,10 @@ class _Labels(FieldPaths):
 
 
 class TeiRerank(Errors):
-    """Ranks texts by a query, best first."""
-
-    def read(self, parts: Mapping[str, object], headers: Headers, served: Served, group: int) -> Body:
-        """Read one request."""
-        return self.read_value(json_body(parts, headers, served), served, group)
+    """Ranks texts by a query, best first, at the path of `ranking.Rerank`."""
 
     def read_value(self, value: Mapping[str, object], served: Served, group: int) -> Body:
-        """`read` for a body that is already parsed."""
+        """Read one request, whose body is already parsed."""
         function = _function(value, served)
         asked = {**read_keys(value, _RERANK), **lengths(value), "sort": True, "function_to_apply": function}
         return ranking(

@@ -7,8 +7,8 @@ which each step replaces. A state has all that grow first, then the fixed ones.
 
 from __future__ import annotations
 
-from functools import lru_cache
-from typing import TYPE_CHECKING, Any, Iterator, List, NamedTuple, Optional, Tuple
+from functools import lru_cache, partial
+from typing import TYPE_CHECKING, Any, Callable, Iterator, List, NamedTuple, Optional, Sequence, Tuple
 
 if TYPE_CHECKING:
     import torch
@@ -97,9 +97,9 @@ def empty_cache() -> object:
     return cache
 
 
-def own_cache(model: PreTrainedModel) -> Optional[Any]:
-    """Return an empty cache of a model with layers of a fixed size; None for all others, and where one of its layers
-    keeps something else. Since transformers 5."""
+def own_cache(model: PreTrainedModel) -> Optional[Callable[[], Any]]:
+    """Return what makes empty caches of a model with layers of a fixed size; None for all others, and where one of its
+    layers keeps something else. Since transformers 5."""
     cache_utils = _cache_utils()
     if cache_utils is None or not hasattr(cache_utils, "LinearAttentionLayer"):
         return None
@@ -111,10 +111,18 @@ def own_cache(model: PreTrainedModel) -> Optional[Any]:
     if not any(name.startswith("LinearAttention") for name in names) or not set(names) <= set(_KEEPS_ALL):
         return None
     kinds = [getattr(cache_utils, _KEEPS_ALL[name]) for name in names]
-    cache.layers = [
-        _replacing(kind)(number_of_states=layer.number_of_states) if hasattr(layer, "number_of_states") else kind()
+    layers = [
+        partial(_replacing(kind), number_of_states=layer.number_of_states)
+        if hasattr(layer, "number_of_states")
+        else kind
         for kind, layer in zip(kinds, cache.layers)
     ]
+    return partial(_empty_cache_of, cache_utils.DynamicCache, layers)
+
+
+def _empty_cache_of(kind: Callable[[], Any], layers: Sequence[Callable[[], Any]]) -> Any:
+    cache = kind()
+    cache.layers = [layer() for layer in layers]
     return cache
 
 

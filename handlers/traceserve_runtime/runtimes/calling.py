@@ -177,6 +177,7 @@ class DecoderStep:
     def __init__(self, model: PreTrainedModel, layers: Sequence[LayerStates] = ()) -> None:
         self.model = model
         self.layers = tuple(layers)
+        self.empty_cache: Any = caches.own_cache(model) if layers else None
         self.cache_name = _cache_name(model)
         accepted = inspect.signature(model.forward).parameters
         self.inputs = tuple(n for n in ("input_ids", "attention_mask", "position_ids") if n in accepted)
@@ -187,7 +188,7 @@ class DecoderStep:
         columns, past = dict(zip(self.inputs, tensors)), tensors[len(self.inputs) :]
         if self.layers:
             growing = 2 * sum(layer.attends for layer in self.layers)
-            cache: Any = caches.own_cache(self.model)
+            cache: Any = self.empty_cache()
             caches.fill_cache(cache, Past(past[:growing], past[growing:], self.layers))
         else:
             cache = caches.cache_of(list(zip(past[::2], past[1::2])))
@@ -204,8 +205,8 @@ def read_past(
     or than these and tensors of a fixed size, if `with_fixed`."""
     import torch
 
-    own: Any = caches.own_cache(model) if with_fixed else None
-    cache = own if own is not None else caches.empty_cache()
+    own = caches.own_cache(model) if with_fixed else None
+    cache = caches.empty_cache() if own is None else own()
     columns = {"input_ids": input_ids, "attention_mask": attention_mask}
     name = _cache_name(model)
     with torch.no_grad():

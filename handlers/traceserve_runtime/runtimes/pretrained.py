@@ -134,7 +134,7 @@ def gradients_of(manifest: Manifest, folder: Path, device: str, runner: Runner) 
     assert isinstance(runner, PretrainedRunner)
     for parameter in runner.calls.model.parameters():
         parameter.requires_grad_(False)  # only the embeddings' gradients are wanted
-    return GradientGraphs(_FromEmbeddings(runner.calls, manifest), manifest, device)
+    return GradientGraphs(_FromEmbeddings(runner.calls, manifest), manifest, device, runner)
 
 
 def variants(manifest: Manifest, folder: Path, devices: Sequence[str]) -> List[Variant]:

@@ -40,6 +40,11 @@ class Team:
         self._thread: Optional[int] = None
 
     @property
+    def most(self) -> int:
+        """On how many cores it runs while nobody holds one."""
+        return self._most
+
+    @property
     def now(self) -> int:
         """On how many cores the next run begins."""
         return self._now
@@ -82,11 +87,11 @@ def enough(cores: int) -> float:
     return min(max(0.6, 1 - 1 / cores), 0.8)
 
 
-def of_torch() -> Optional[Team]:
-    """Make one for torch's runs; None if they have one core anyway."""
+def of_torch(most: Optional[int] = None) -> Optional[Team]:
+    """Make one for torch's runs on `most` cores, by default as many as this thread has; None if that is one anyway."""
     import torch
 
-    threads = torch.get_num_threads()
+    threads = torch.get_num_threads() if most is None else most
     return Team(threads, torch.set_num_threads) if threads > 1 else None
 
 

@@ -14,7 +14,7 @@ from traceserve_runtime import failures
 from traceserve_runtime.batching import batches, plan
 from traceserve_runtime.batching.batches import Stats
 from traceserve_runtime.batching.costs import CostModel, Pace
-from traceserve_runtime.errors import InputTooLong, InvalidRequest, ModelFailure, TraceserveError
+from traceserve_runtime.errors import InputTooLong, InvalidRequest, TraceserveError
 from traceserve_runtime.explaining.targets import ExplanationTarget
 from traceserve_runtime.generation.loop import Member, WritingLoop
 from traceserve_runtime.json_types import Json, JsonObject
@@ -323,10 +323,6 @@ class Task:
         """
         raise NotImplementedError
 
-    def details(self, request: Request, rows: Sequence[Row], outputs: Sequence[Arrays]) -> Optional[Details]:
-        """Return the details of a generated text, for protocols that report them."""
-        return None
-
     def continuation(
         self, request: Request, rows: Sequence[Row], outputs: Sequence[Arrays], answer: Answer
     ) -> Optional[Answer]:
@@ -378,11 +374,13 @@ class Task:
         """Return the part of a row's outputs that `decode` reads, if it is small."""
         return outputs
 
-    def answer(self, request: Request, rows: Sequence[Row], outputs: Sequence[Arrays]) -> Json:
-        """Run `decode`; raises ModelFailure for outputs that are not numbers."""
-        if not all(np.isfinite(array).all() for row in outputs for array in row.values()):
-            raise ModelFailure("the model gave a value that is not a number (NaN or infinite) for this input")
-        return self.decode(request, rows, outputs)
+    def answer(
+        self, request: Request, rows: Sequence[Row], outputs: Sequence[Arrays]
+    ) -> Tuple[Json, Optional[Details]]:
+        """Return the answer, and the details of a generated text, for protocols that report them; raises ModelFailure for
+        outputs that are not numbers."""
+        check_numbers(outputs)
+        return self.decode(request, rows, outputs), None
 
     @property
     def cost(self) -> CostModel:
@@ -411,6 +409,12 @@ class Task:
         long = {**self.sample, field.name: text if field.kind == "text" else [text]}
         parameters = {**self.sample_parameters, "long_inputs": "truncate"}
         return [Request(self.sample, parameters), Request(long, parameters)]
+
+
+def check_numbers(outputs: Sequence[Arrays]) -> None:
+    """Raise ModelFailure for outputs that are not numbers."""
+    if not all(np.isfinite(array).all() for row in outputs for array in row.values()):
+        raise failures.not_a_number()
 
 
 def _joined(parts: Sequence[Union[Encoded, TraceserveError]]) -> Union[Encoded, TraceserveError]:

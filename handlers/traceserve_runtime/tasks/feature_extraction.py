@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Dict, List, Mapping, Optional, Sequence, Union
 
@@ -24,6 +25,7 @@ _NONE: Dict[str, object] = {"prompts": {}, "include_prompt": True, "layers": [],
 # In the token vectors that one HTTP request is answered with, 60 MB of JSON, which take a second or two to write; a text of
 # max_length may have more.
 _MOST_NUMBERS = 3 << 20
+_PROMPTS = 8  # whose tokens are counted once: the texts of one request share theirs
 
 
 class FeatureExtraction(Task):
@@ -59,6 +61,7 @@ class FeatureExtraction(Task):
         super().__init__(manifest, tokenizer)
         self._arrays: Dict[str, np.ndarray] = {}
         self._size: Optional[int] = None  # of a token's vector, once the model has run
+        self._tokens_of_prompt = lru_cache(_PROMPTS)(self._count_tokens)
 
     @classmethod
     def defaults(cls, model: ModelFacts) -> Dict[str, object]:
@@ -193,7 +196,10 @@ class FeatureExtraction(Task):
         if not prompt:
             return 0
         special = row.encoding.special_tokens_mask
-        return next((i for i, own in enumerate(special) if not own), 0) + len(self.tokenizer.token_ids(prompt))
+        return next((i for i, own in enumerate(special) if not own), 0) + self._tokens_of_prompt(prompt)
+
+    def _count_tokens(self, prompt: str) -> int:
+        return len(self.tokenizer.token_ids(prompt))
 
     def answers_with_vector(self, request: Request) -> bool:
         own = {"pooling", "normalize", "dimensions"} & set(request.parameters)

@@ -119,7 +119,8 @@ class FillMask(Task):
 
     def decode(self, request: Request, rows: Sequence[Row], outputs: Sequence[Arrays]) -> Json:
         merged = windows.merge_windows(rows)
-        ids = np.array([rows[window].encoding.ids[position] for window, position, _ in merged])
+        own = [row.encoding.ids for row in rows]  # each access converts all of them
+        ids = np.array([own[window][position] for window, position, _ in merged])
         masks = np.flatnonzero(ids == self.manifest.facts["mask_id"])
         if not len(masks):
             token = self.manifest.facts["mask_token"]

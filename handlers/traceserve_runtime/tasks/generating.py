@@ -25,6 +25,7 @@ from traceserve_runtime.tasks.contract import (
     Request,
     Task,
     WrittenToken,
+    check_numbers,
     without_prefix,
     without_refused,
 )
@@ -34,7 +35,6 @@ from traceserve_runtime.tasks.token_details import check_time, spelling, time_of
 from traceserve_runtime.texts import limits
 from traceserve_runtime.texts.continuation import Continuation
 from traceserve_runtime.texts.rows import Encoded, Row
-from traceserve_runtime.texts.tokenization import TextTokenizer
 from traceserve_runtime.texts.written_text import WrittenText
 
 # Settings of transformers with another name here.
@@ -51,11 +51,6 @@ class Generating(Task):
     merges_windows = False
     pipeline_defaults: ClassVar[Dict[str, object]] = {}  # if the checkpoint sets nothing
     gate_parameters = {"max_new_tokens": NEW_TOKENS_OF_SAMPLE, "do_sample": False}
-
-    def __init__(self, manifest: Manifest, tokenizer: TextTokenizer) -> None:
-        super().__init__(manifest, tokenizer)
-        # Of the outputs of the last answer, until the engine asks for them.
-        self._details: Tuple[Arrays, JsonObject] = {}, {}
 
     @classmethod
     def defaults(cls, model: ModelFacts) -> Dict[str, object]:
@@ -254,7 +249,7 @@ class Generating(Task):
         decode = self.decoding(job.request)
         alone = WrittenText(decode, self.tokenizer.decodes_locally).of if one else decode
         continued = _continuing(decode, self.tail(prompt), alone)
-        told = self._told(job, continued if self.continues(job.request) else alone)
+        told = self._told(job, continued if self.follows_a_word(job.request) else alone)
         searched = continued if job.request.continues else self._spelled(prompt, growing=one)
         return search_for(prompt, settings, self._ends(job.request, prompt, searched), told)
 
@@ -266,22 +261,25 @@ class Generating(Task):
 
     def written(self, member: Member) -> Arrays:
         """Return the row's new tokens, int64 of shape (tokens), and their log-probabilities if kept."""
-        if member.search is None or not member.sound:
-            return {"tokens": np.array([np.nan])}  # what the model returned: `answer` reports it
+        assert member.search is not None
         return _written(member.search)
 
-    def details(self, request: Request, rows: Sequence[Row], outputs: Sequence[Arrays]) -> Optional[Details]:
+    def answer(
+        self, request: Request, rows: Sequence[Row], outputs: Sequence[Arrays]
+    ) -> Tuple[Json, Optional[Details]]:
+        check_numbers(outputs)
+        details = self._details(request, rows[0], outputs[0])
+        return self.value(request, self.text(outputs[0]["tokens"].tolist()), details), details
+
+    def decode(self, request: Request, rows: Sequence[Row], outputs: Sequence[Arrays]) -> Json:
+        return self.answer(request, rows, outputs)[0]
+
+    def value(self, request: Request, text: str, details: Details) -> Json:
+        """Return the answer with this new text, and its details if the request asks for them."""
+        raise NotImplementedError
+
+    def _details(self, request: Request, row: Row, output: Arrays) -> JsonObject:
         """Return why the text ended, and its tokens, in text-generation-inference's format."""
-        (output, found), self._details = self._details, ({}, {})
-        return found if output is outputs[0] else self._made_details(request, rows[0], outputs[0])
-
-    def answered_details(self, request: Request, rows: Sequence[Row], outputs: Sequence[Arrays]) -> JsonObject:
-        """Return the same for the answer itself, and keep it: the engine asks for it next."""
-        found = self._made_details(request, rows[0], outputs[0])
-        self._details = outputs[0], found
-        return found
-
-    def _made_details(self, request: Request, row: Row, output: Arrays) -> JsonObject:
         ids = output["tokens"].tolist()
         found: JsonObject = {"finish_reason": self._finish_reason(request, row, ids), "generated_tokens": len(ids)}
         if "logarithms" not in output:
@@ -358,8 +356,8 @@ class Generating(Task):
         """Return the end of the prompt, which new tokens continue."""
         return []
 
-    def continues(self, request: Request) -> bool:
-        """Return whether the request's text is returned as it continues its prompt's."""
+    def follows_a_word(self, request: Request) -> bool:
+        """Return whether the request asks for its text as it continues its prompt's, and that one may end in a word."""
         return False
 
     def decoding(self, request: Request) -> Callable[[Sequence[int]], str]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Dict, List, Mapping, NamedTuple, Sequence, Tuple
+from typing import Any, Dict, List, Mapping, NamedTuple, Optional, Sequence, Tuple
 
 import numpy as np
 
@@ -26,6 +26,24 @@ class _Span(NamedTuple):
     end: int
     score: float
     legal: bool  # whether it lies in the context and within the requested length
+
+
+class _Characters:
+    """The character offsets in the context of a window's spans, widened to words if these are known and `to_words`."""
+
+    def __init__(self, row: Row, positions: Sequence[int], to_words: bool) -> None:
+        self._offsets = row.encoding.offsets
+        self._words: Sequence[Optional[int]] = row.encoding.word_ids if to_words else [None] * row.length
+        known = [position for position in positions if self._words[position] is not None]
+        self._begins = {self._words[position]: self._offsets[position][0] for position in reversed(known)}
+        self._ends = {self._words[position]: self._offsets[position][1] for position in known}
+
+    def of(self, span: _Span) -> Tuple[int, int]:
+        """Return where a span begins and ends."""
+        begin, end = self._begins.get(self._words[span.start]), self._ends.get(self._words[span.end])
+        if begin is None or end is None:
+            return self._offsets[span.start][0], self._offsets[span.end][1]
+        return begin, end
 
 
 class QuestionAnswering(Task):
@@ -99,8 +117,9 @@ class QuestionAnswering(Task):
             positions = row.positions(int(self._question_first))
             spans, null_score = self._spans(request, row, positions, output)
             null_scores.append(null_score)
+            characters = _Characters(row, positions, self.parameter(request, "align_to_words"))
             for span in spans:
-                start, end = self._characters(request, row, positions, span)
+                start, end = characters.of(span)
                 text = context[start:end]
                 told_by_pipeline.add(text.lower())
                 if not span.legal:
@@ -138,19 +157,6 @@ class QuestionAnswering(Task):
                 legal = bool(inside[first] and inside[last]) and first <= last < first + longest
                 spans.append(_Span(first, last, score, legal))
         return spans, null_score
-
-    def _characters(self, request: Request, row: Row, positions: Sequence[int], span: _Span) -> Tuple[int, int]:
-        """Return a span's character offsets in the context, widened to words if known and requested."""
-        offsets = row.encoding.offsets
-        if self.parameter(request, "align_to_words"):
-            words = row.encoding.word_ids
-            first, last = words[span.start], words[span.end]
-            if first is not None and last is not None:
-                begin = next((position for position in positions if words[position] == first), None)
-                stop = next((position for position in reversed(positions) if words[position] == last), None)
-                if begin is not None and stop is not None:
-                    return offsets[begin][0], offsets[stop][1]
-        return offsets[span.start][0], offsets[span.end][1]
 
     def target(self, request: Request, rows: Sequence[Row], outputs: Sequence[Arrays]) -> ExplanationTarget:
         """Return the sum of the start's and the end's logits of the best answer, or of the characters of the context that

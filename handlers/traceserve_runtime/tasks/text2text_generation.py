@@ -9,8 +9,7 @@ from typing import Any, Dict, Iterable, List, Mapping, Optional, Sequence, Tuple
 from traceserve_runtime.errors import InvalidRequest, TraceserveError, Unsupported
 from traceserve_runtime.generation.scores import GenerationSettings
 from traceserve_runtime.json_types import Json
-from traceserve_runtime.runner import Arrays
-from traceserve_runtime.tasks.contract import ModelFacts, Parts, Request
+from traceserve_runtime.tasks.contract import Details, ModelFacts, Parts, Request
 from traceserve_runtime.tasks.generating import NEW_TOKENS_OF_SAMPLE, Generating, first_id
 from traceserve_runtime.tasks.generation_parameters import PARAMETERS
 from traceserve_runtime.tasks.parameters import Field, Parameter
@@ -139,10 +138,9 @@ class Text2TextGeneration(Generating):
         # Like its pipeline, which does not clean up.
         return self.tokenizer.decode(tokens, skip_special_tokens=True, raw=True)
 
-    def decode(self, request: Request, rows: Sequence[Row], outputs: Sequence[Arrays]) -> Json:
-        details = self.answered_details(request, rows, outputs) if self.parameter(request, "details") else None
-        told = {} if details is None else {"details": details}
-        return {"generated_text": self.text(outputs[0]["tokens"].tolist()), **told}
+    def value(self, request: Request, text: str, details: Details) -> Json:
+        told = {"details": details} if self.parameter(request, "details") else {}
+        return {"generated_text": text, **told}
 
     def from_texts(self, texts: Sequence[str]) -> List[Request]:
         """Use each text, every other one with beams and, with many languages, every third in another; truncate the long

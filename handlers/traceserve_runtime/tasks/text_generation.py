@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from functools import partial
+from functools import cached_property, partial
 from typing import Callable, Dict, List, Mapping, Optional, Sequence
 
 from traceserve_runtime.errors import InputTooLong, InvalidRequest
@@ -74,7 +74,7 @@ class TextGeneration(Generating):
         text = chat.render(template, self.manifest.facts["tokens"], request.inputs["messages"])
         return [Segments(text, fields=("messages", ""), limit=limit, special=False)]
 
-    @property
+    @cached_property
     def counted_prefix(self) -> int:
         return len(self.tokenizer.token_ids(self.manifest.facts["prefix"]))
 
@@ -97,18 +97,13 @@ class TextGeneration(Generating):
     def streams(self, request: Request) -> bool:
         return bool(self.parameter(request, "stream"))
 
-    def decode(self, request: Request, rows: Sequence[Row], outputs: Sequence[Arrays]) -> Json:
-        ids = outputs[0]["tokens"].tolist()
+    def value(self, request: Request, text: str, details: Details) -> Json:
         if self.streams(request):
-            return self.text(ids)
-        details = self.answered_details(request, rows, outputs) if self.parameter(request, "details") else None
-        return self._value(request, self.text(ids), details)
-
-    def _value(self, request: Request, written: str, details: Optional[Details]) -> Json:
+            return text
         told = {"details": details} if self.parameter(request, "details") else {}
-        return [{"generated_text": self._whole(request, written), **told}]
+        return [{"generated_text": self._whole(request, text), **told}]
 
-    def continues(self, request: Request) -> bool:
+    def follows_a_word(self, request: Request) -> bool:
         # A chat's new message follows no word.
         return request.continues and ("text" in request.inputs or request.inputs["messages"][-1]["role"] == "assistant")
 
@@ -120,7 +115,7 @@ class TextGeneration(Generating):
     def continuation(
         self, request: Request, rows: Sequence[Row], outputs: Sequence[Arrays], answer: Answer
     ) -> Optional[Answer]:
-        tail = self.tail(self.prompt(rows[0])) if self.continues(request) else []
+        tail = self.tail(self.prompt(rows[0])) if self.follows_a_word(request) else []
         decode = self.decoding(request)
         continuation = Continuation(decode, tail)
         if not continuation.before and request.clean_up:
@@ -128,8 +123,7 @@ class TextGeneration(Generating):
         ids = outputs[0]["tokens"].tolist()
         written = continuation.of(ids, decode(ids))
         details = self._continued(answer.details or {}, tail)
-        value = written if self.streams(request) else self._value(request, written, details)
-        return replace(answer, value=value, details=details)
+        return replace(answer, value=self.value(request, written, details), details=details)
 
     def _continued(self, details: Details, tail: Sequence[int]) -> Details:
         """Return details in which the first token's text, and those of the others at its position, continue the prompt's."""

@@ -88,7 +88,7 @@ class TokenClassification(Task):
         return {"unknown_id": model.tokens["unk"][1] if "unk" in model.tokens else None}
 
     def segments(self, request: Request) -> List[Segments]:
-        stride = request.parameters.get("stride")
+        stride = self.parameter(request, "stride")
         if stride is None:
             return super().segments(request)
         if stride >= self.manifest.max_length:

@@ -144,13 +144,6 @@ def abandoned(parent: Path, pattern: Pattern[str], old: float = math.inf) -> Ite
             os.close(lock)
 
 
-def write_beside(target: Path, suffix: str, text: str) -> Path:
-    """Atomically write `text` into the file beside `target` with its name and this suffix; returns the file."""
-    path = target.with_name(target.name[: -len(".mar")] + suffix if target.suffix == ".mar" else target.name + suffix)
-    write_whole(path, text)
-    return path
-
-
 def write_whole(path: Path, text: str) -> None:
     """Atomically write a text file, with an earlier one's permissions; if that fails, the earlier one remains.
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from contextlib import ExitStack
 
-from traceserve.archives import archive, staging
+from traceserve.archives import archive, reports, staging
 from traceserve.building.config.parsing import LoadedConfig
 from traceserve.building.config.targets import Targets
 from traceserve.building.export import export
@@ -16,7 +16,7 @@ from traceserve.building.progress import Progress
 def export_and_pack(
     loaded: LoadedConfig, written: Targets, progress: Progress, gate: GateOptions = GateOptions()
 ) -> Exported:
-    """Write the artifact and its archive; raises as `export`."""
+    """Write the artifact and its archive, and the report beside each; raises as `export`."""
     name = written.artifact.resolve().name
     with ExitStack() as stack:
         # Staged folders are filled in reverse order: the archive must come last.
@@ -28,4 +28,6 @@ def export_and_pack(
             progress("packing", 0, 0)
             archive.pack_archive(folder, name, store, written.version)
         written.check()  # another build may have written them since
+    for made in filter(None, (written.artifact, written.archive)):
+        reports.write_report(made, exported.report())
     return exported

@@ -233,12 +233,13 @@ def _flat(value: Mapping[str, Any], before: str = "") -> Dict[str, Any]:
 
 
 def _labels(one: Manifest, other: Manifest) -> Iterator[FieldChange]:
-    gone, new = ([x for x in a.labels if x not in b.labels] for a, b in ((one, other), (other, one)))
+    counts = Counter(one.labels), Counter(other.labels)  # a label may stand there several times
+    gone, new = (list((a - b).elements()) for a, b in (counts, counts[::-1]))
     if gone or new:
         yield FieldChange("only in one", ", ".join(gone), ", ".join(new))
     elif one.labels != other.labels:
-        moved = [(i, a, b) for i, (a, b) in enumerate(zip(one.labels, other.labels)) if a != b]
-        yield FieldChange(f"order, from position {moved[0][0]}", moved[0][1], moved[0][2])
+        position = next(i for i, (a, b) in enumerate(zip(one.labels, other.labels)) if a != b)
+        yield FieldChange(f"order, from position {position}", one.labels[position], other.labels[position])
 
 
 def _tokenizers(folders: Sequence[Path], manifests: Sequence[Manifest]) -> Iterator[FieldChange]:

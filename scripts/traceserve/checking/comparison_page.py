@@ -8,8 +8,10 @@ from typing import Iterable, Mapping, Sequence
 
 from traceserve.building.speeds import AT_ONCE
 from traceserve.checking.comparing import AnswerChange, ArchiveComparison, FieldChange
+from traceserve.errors import shortened
 
 _EXAMPLES = 200
+_LONGEST = 400  # characters of a request or an answer
 _STYLE = """
 :root { color-scheme: light dark; --line: #8884; --soft: #8881; --a: #b4530a; --b: #0a6fb4; --good: #19734a; --bad: #b3261e }
 @media (prefers-color-scheme: dark) { :root { --a: #f0a35e; --b: #7cc0f5; --good: #6fd3a3; --bad: #ff8a80 } }
@@ -124,4 +126,4 @@ def _texts(inputs: Mapping[str, object]) -> str:
 
 def _short(value: object) -> str:
     text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
-    return text if len(text) <= 400 else text[:399] + "…"
+    return shortened(text, _LONGEST)

@@ -13,6 +13,7 @@ from traceserve_runtime.tasks.contract import Task
 
 from traceserve.archives import staging
 from traceserve.archives.contents import read_manifest, unpack
+from traceserve.archives.reports import report_file
 from traceserve.building.gate.golden import GOLDEN_FILE, GoldenSet, read_golden
 from traceserve.errors import ArchiveError
 
@@ -62,7 +63,7 @@ def _read(path: Path, folder: Path, manifest: Manifest, p50: Optional[float]) ->
 def _p50(archive: Path) -> Optional[float]:
     """Return the build's p50 from the report beside the archive."""
     try:
-        report = json.loads(archive.with_name(f"{archive.stem}.report.json").read_text(encoding="utf-8"))
+        report = json.loads(report_file(archive).read_text(encoding="utf-8"))
         value = report["golden_p50_ms"]
     except (OSError, ValueError, KeyError, TypeError):
         return None

@@ -27,7 +27,7 @@ _OTHER_FORM = (LookupError, TypeError, ValueError, AttributeError)
 
 
 @dataclass(frozen=True)
-class Door:
+class AskedServer:
     """A server's address. `ours`: it is one of this machine's, whose version and contents must be the archive's."""
 
     label: str
@@ -37,8 +37,8 @@ class Door:
     ours: bool = False
 
     @classmethod
-    def of(cls, instance: Instance, name: str) -> Door:
-        """Return the door of a server of this machine."""
+    def of(cls, instance: Instance, name: str) -> AskedServer:
+        """Return a server of this machine, as the archive `name` is asked there."""
         url = instance.predictions_url(name)
         return cls(f"{name} on port {instance.port}", url, instance.key, instance.certificate, True)
 
@@ -68,12 +68,16 @@ class VerifiedSample:
     milliseconds: float
     original: Any = None  # if another text than the expected one
 
+    def is_over(self, limit: float) -> bool:
+        """Return whether its scores differ by more than the limit, or by what is no number."""
+        return self.difference is not None and not self.difference <= limit
+
 
 @dataclass(frozen=True)
 class Verification:
     """The outcome of a replay; `problems` are what fails it, `notes` what could not be compared."""
 
-    door: Door
+    server: AskedServer
     endpoint: SpokenAt
     of: int  # samples in the golden set
     samples: Tuple[VerifiedSample, ...]
@@ -91,7 +95,7 @@ class Verification:
     @property
     def different(self) -> List[VerifiedSample]:
         """The samples that were answered otherwise, or with a score over the limit."""
-        return [each for each in self.samples if not each.same or (each.difference or 0.0) > self.limit]
+        return [each for each in self.samples if not each.same or each.is_over(self.limit)]
 
     @property
     def largest_difference(self) -> float:
@@ -107,7 +111,7 @@ class Verification:
         """Return it as JSON; the answers to the user's own samples only `with_texts`."""
         hidden = {"expected": None, "answer": None, "original": None}
         return {
-            "server": self.door.label,
+            "server": self.server.label,
             "url": self.endpoint.url,
             "protocol": self.endpoint.dialect.name,
             "passed": self.passed,
@@ -125,24 +129,29 @@ class Verification:
         }
 
 
-def verify_server(door: Door, archive: Path, seconds: float = SECONDS) -> Verification:
-    """Replay the golden set of `archive`; raises ServerError if the server could not be asked, ArchiveError without a set."""
-    deadline = time.monotonic() + seconds
+def verify_server(
+    server: AskedServer, archive: Path, seconds: float = SECONDS, option: str = "--seconds"
+) -> Verification:
+    """Replay the golden set of `archive`; raises ServerError if the server could not be asked, ArchiveError without a set.
+
+    After `seconds`, which `option` gives, no more samples are asked; a note says so.
+    """
     with proof_of(archive) as proof:
-        endpoint = _endpoint(door, proof)
-        problems, notes = _identity(door, endpoint, proof)
+        endpoint = _endpoint(server, proof)
+        problems, notes = _identity(server, endpoint, proof)
         samples: List[VerifiedSample] = []
+        deadline = time.monotonic() + seconds
         for number, sample in enumerate(proof.golden.samples, 1):
             if samples and time.monotonic() > deadline:
                 notes.append(
-                    f"the last {len(proof.golden.samples) - len(samples)} samples were not asked: --seconds was over"
+                    f"the last {len(proof.golden.samples) - len(samples)} samples were not asked: {option} was over"
                 )
                 break
-            samples.append(_verified(door, endpoint, proof.task, number, sample))
+            samples.append(_verified(server, endpoint, proof.task, number, sample))
         limit = max(LIMITS[proof.manifest.dtype].difference, proof.golden.largest_difference or 0.0)
         problems += _differences(samples, proof, limit)
         return Verification(
-            door,
+            server,
             endpoint,
             len(proof.golden.samples),
             tuple(samples),
@@ -161,13 +170,13 @@ def _by_own_texts(proof: Proof) -> bool:
     return bool(proof.task.loop and LIMITS[proof.manifest.dtype].changed and ran)
 
 
-def _endpoint(door: Door, proof: Proof) -> SpokenAt:
+def _endpoint(server: AskedServer, proof: Proof) -> SpokenAt:
     """Return where the server answers the first sample in the task's form; this request warms it up, too."""
     sample = proof.golden.samples[0]
     tried: List[str] = []
-    candidates = [SpokenAt(NATIVE, door.url)] if door.ours else places(door.url, proof.manifest)
+    candidates = [SpokenAt(NATIVE, server.url)] if server.ours else places(server.url, proof.manifest)
     for endpoint in candidates:
-        status, answer = door.ask(endpoint.url, endpoint.dialect.write(sample, proof.task))
+        status, answer = server.ask(endpoint.url, endpoint.dialect.write(sample, proof.task))
         try:
             if status == 200:
                 proof.task.same(endpoint.answer(answer, sample, proof.task), sample.expected)
@@ -179,13 +188,13 @@ def _endpoint(door: Door, proof: Proof) -> SpokenAt:
             tried.append(
                 f"{endpoint.dialect.name} at {endpoint.url}: not the form of an answer to {proof.manifest.task}"
             )
-    raise ServerError(f"{door.label} answers in no protocol that is known here:\n  " + "\n  ".join(tried))
+    raise ServerError(f"{server.label} answers in no protocol that is known here:\n  " + "\n  ".join(tried))
 
 
-def _identity(door: Door, endpoint: SpokenAt, proof: Proof) -> Tuple[List[str], List[str]]:
+def _identity(server: AskedServer, endpoint: SpokenAt, proof: Proof) -> Tuple[List[str], List[str]]:
     """Return what is wrong with the server's version and contents, and what it does not say."""
     manifest = proof.manifest
-    status, told = door.ask(metadata_url(endpoint.url, manifest))
+    status, told = server.ask(metadata_url(endpoint.url, manifest))
     if status == 200 and isinstance(told, dict) and isinstance(told.get("versions"), list):
         problems = []
         if manifest.version not in told["versions"]:
@@ -200,15 +209,15 @@ def _identity(door: Door, endpoint: SpokenAt, proof: Proof) -> Tuple[List[str], 
                 f"{manifest.contents[:12]}…"
             )
         return problems, []
-    if door.ours:
+    if server.ours:
         return [f"it does not serve version {manifest.version} of {manifest.name}, the golden set's ({status})"], []
     return [], ["the server describes no model as V2 does: version and hash were not compared"]
 
 
-def _verified(door: Door, endpoint: SpokenAt, task: Task, number: int, sample: GoldenSample) -> VerifiedSample:
+def _verified(server: AskedServer, endpoint: SpokenAt, task: Task, number: int, sample: GoldenSample) -> VerifiedSample:
     body = endpoint.dialect.write(sample, task)
     started = time.perf_counter()
-    status, answer = door.ask(endpoint.url, body)
+    status, answer = server.ask(endpoint.url, body)
     milliseconds = 1000 * (time.perf_counter() - started)
 
     def outcome(same: bool, difference: Optional[float], answer: Any, error: str = "") -> VerifiedSample:
@@ -252,7 +261,7 @@ def _differences(samples: List[VerifiedSample], proof: Proof, limit: float) -> L
         problems.append(
             f"{len(changed)} of {len(samples)} answers differ from the original's ({proof.manifest.dtype}){unknown}"
         )
-    over = [each for each in samples if each.difference is not None and not each.difference <= limit]
+    over = [each for each in samples if each.is_over(limit)]
     if over:
         largest = max(each.difference or 0.0 for each in over)
         problems.append(f"the scores of {len(over)} answers are off by up to {largest:.1e} (limit {limit:.1e})")

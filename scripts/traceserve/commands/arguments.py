@@ -36,6 +36,12 @@ def add_signature(parser: argparse.ArgumentParser, text: str = "") -> None:
     )
 
 
+def add_samples(parser: argparse.ArgumentParser, what: str, more: str = "", required: bool = False) -> None:
+    """Add `--samples`; `what` says what the texts are for, `more` what else is to be known of them."""
+    kinds = "one per line, or a .csv or .tsv with a column text, or request bodies in a .jsonl"
+    parser.add_argument("--samples", type=Path, required=required, metavar="FILE", help=f"{what} {kinds}{more}")
+
+
 def add_nothing(parser: argparse.ArgumentParser) -> None:
     """Add nothing, for a command without options."""
 
@@ -116,6 +122,22 @@ def number_in(text: str) -> float:
         return float(text)
     except ValueError:
         return math.nan
+
+
+def duration(text: str) -> float:
+    """Parse seconds, 0 or more."""
+    number = number_in(text)
+    if not 0 <= number < float("inf"):
+        raise argparse.ArgumentTypeError("should be 0 or more")
+    return number
+
+
+def quantity(text: str) -> float:
+    """Parse a number above 0."""
+    number = duration(text)
+    if not number:
+        raise argparse.ArgumentTypeError("should be more than 0")
+    return number
 
 
 def port(text: str) -> int:

@@ -10,7 +10,15 @@ from typing import TYPE_CHECKING, Iterator, Optional, Sequence, Tuple
 
 from traceserve_runtime.errors import TraceserveError
 
-from traceserve.commands.arguments import add_port, number_in, positive, require_writable, zero_or_more
+from traceserve.commands.arguments import (
+    add_port,
+    add_samples,
+    duration,
+    positive,
+    quantity,
+    require_writable,
+    zero_or_more,
+)
 from traceserve.commands.contract import Command
 from traceserve.commands.printing import ProgressBar, console, figure, print_line, print_note
 
@@ -27,13 +35,11 @@ _SPANS = 10  # of one request's time, that a closed loop should last
 
 def _add_bench(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("place", metavar="NAME|URL", help="a served archive, or any HTTP endpoint")
-    parser.add_argument(
-        "--samples",
-        type=Path,
+    add_samples(
+        parser,
+        "requests to send, shuffled and repeated: texts,",
+        "; use realistic texts, since the speed depends on their lengths",
         required=True,
-        metavar="FILE",
-        help="requests to send, shuffled and repeated: texts, one per line, or a .csv or .tsv with a column text, or request "
-        "bodies in a .jsonl; use realistic texts, since the speed depends on their lengths",
     )
     parser.add_argument(
         "--connections",
@@ -44,16 +50,16 @@ def _add_bench(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--rate",
-        type=_quantity,
+        type=quantity,
         metavar="R",
         help="open loop: R requests per second at random times, regardless of earlier answers, as from many users; "
         "a latency counts from when its request was due, and up to 512 connections are opened as needed",
     )
     parser.add_argument(
-        "--seconds", type=_quantity, default=10.0, metavar="S", help="time per measurement [%(default)g s]"
+        "--seconds", type=quantity, default=10.0, metavar="S", help="time per measurement [%(default)g s]"
     )
     parser.add_argument(
-        "--warm-up", type=_duration, default=2.0, metavar="S", help="the same load first, not counted [%(default)g s]"
+        "--warm-up", type=duration, default=2.0, metavar="S", help="the same load first, not counted [%(default)g s]"
     )
     parser.add_argument("--compare", metavar="OTHER", help="another NAME or URL, measured alternately, with the ratio")
     parser.add_argument(
@@ -126,10 +132,10 @@ def _bench(options: argparse.Namespace) -> int:
     _check_for_urls(options)
     headers = dict(options.header)
     samples = OwnSamples.read(options.samples)
-    measured = [targets.subject(options.place, samples, options.port, options.body, headers)]
+    measured = [targets.bench_target(options.place, samples, options.port, options.body, headers)]
     if options.compare:
         body = options.body if options.compare_body is None else options.compare_body
-        measured.append(targets.subject(options.compare, samples, options.port, body, headers))
+        measured.append(targets.bench_target(options.compare, samples, options.port, body, headers))
     with ProgressBar() as bar:
         document = bench.measure(
             measured,
@@ -153,6 +159,8 @@ def _check_for_urls(options: argparse.Namespace) -> None:
     other = [options.compare] if options.compare else []
     if options.compare_body is not None and not other:
         raise TraceserveError("bench: --compare-body is for the other server; name it with --compare")
+    if options.port is not None and all("://" in place for place in (options.place, *other)):
+        raise TraceserveError("bench: --port is for names; a URL has its own")
     given = {
         "--body": (options.body, [options.place, *other], _BODIES_FOR_NAMES),
         "--compare-body": (options.compare_body, other, _BODIES_FOR_NAMES),
@@ -175,22 +183,6 @@ def _numbers(text: str) -> Tuple[int, ...]:
         return tuple(positive(part) for part in text.split(","))
     except ValueError:
         raise argparse.ArgumentTypeError("should be whole numbers of 1 or more, as 1,16,64") from None
-
-
-def _duration(text: str) -> float:
-    """Parse seconds, 0 or more."""
-    number = number_in(text)
-    if not 0 <= number < float("inf"):
-        raise argparse.ArgumentTypeError("should be 0 or more")
-    return number
-
-
-def _quantity(text: str) -> float:
-    """Parse a number above 0."""
-    number = _duration(text)
-    if not number:
-        raise argparse.ArgumentTypeError("should be more than 0")
-    return number
 
 
 def _header(text: str) -> Tuple[str, str]:

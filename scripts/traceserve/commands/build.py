@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import shlex
 import time
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import TYPE_CHECKING, List, Optional, Tuple
 
 from traceserve.archives.names import STORE
 from traceserve.building.config import CONFIG_FILE
+from traceserve.commands.arguments import add_samples
 from traceserve.commands.compare import compare_formats
 from traceserve.commands.contract import Command
 from traceserve.commands.printing import (
@@ -48,12 +48,7 @@ def _add_config(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_gate(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--samples",
-        type=Path,
-        metavar="FILE",
-        help="compare on your own texts too: one per line, or a .csv or .tsv with a column text, or request bodies in a .jsonl",
-    )
+    add_samples(parser, "compare on your own texts too:")
     parser.add_argument(
         "--keep-samples",
         action="store_true",
@@ -142,7 +137,7 @@ def make(
 ) -> Path:
     """Export, and archive if there is a store; both appear at the end, or neither. Returns the archive's or the artifact's
     path."""
-    from traceserve.archives import staging
+    from traceserve.archives.reports import report_file
     from traceserve.building.config import parsing, targets
 
     loaded = parsing.load_config(config)
@@ -158,15 +153,14 @@ def make(
         print_line(exported.note)
     made = written.archive or written.artifact
     _print_exported(exported, made, time.monotonic() - started)
-    report = staging.write_beside(made, ".report.json", json.dumps(exported.report(), indent=2) + "\n")
-    print_line(f"report  {report}", style="dim")
+    print_line(f"report  {report_file(made)}", style="dim")
     step = "serve it:  traceserve serve" if written.archive else "pack it:  traceserve archive"
     print_line(f"\n{step} {shlex.quote(str(made))}")
     return made
 
 
 def _archive(options: argparse.Namespace) -> int:
-    from traceserve.archives import archive, staging
+    from traceserve.archives import archive, reports, staging
     from traceserve.building.config import targets
 
     target = targets.archive_target(options.artifact, options.store, options.force)
@@ -174,6 +168,7 @@ def _archive(options: argparse.Namespace) -> int:
     with ProgressBar() as bar, staging.staged(target) as folder:
         bar("packing", 0, 0)
         archive.pack_archive(options.artifact, target.stem, folder, options.version)
+    reports.copy_report(options.artifact, target)
     size = target.stat().st_size
     print_line(f"{target}: {megabytes(size)} in {time.monotonic() - started:.1f} s")
     print_line(f"\nserve it:  traceserve serve {shlex.quote(str(target))}")

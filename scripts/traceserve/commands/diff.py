@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, List, Sequence, Union
 
-from traceserve.commands.arguments import positive, require_writable
+from traceserve.commands.arguments import add_samples, positive, require_writable
 from traceserve.commands.contract import Command
 from traceserve.commands.printing import (
     ProgressBar,
@@ -31,12 +31,10 @@ _SHOWN, _LONGEST = 10, 48
 def _add_diff(parser: argparse.ArgumentParser) -> None:
     for name, text in (("one", "A"), ("other", "B")):
         parser.add_argument(name, type=Path, metavar=text, help="a .mar file, or an artifact's folder")
-    parser.add_argument(
-        "--samples",
-        type=Path,
-        metavar="FILE",
-        help="ask your own texts instead of built-in ones: one per line, or a .csv or .tsv with a column text, or request bodies "
-        "in a .jsonl; they stay on this machine, and the page of --html quotes those whose answer changed",
+    add_samples(
+        parser,
+        "ask your own texts instead of built-in ones:",
+        "; they stay on this machine, and the page of --html quotes those whose answer changed",
     )
     parser.add_argument("--threads", type=positive, metavar="N", help="for each archive [this machine's cores]")
     parser.add_argument("--html", type=Path, metavar="FILE", help="write a page with all of it; it works offline")
@@ -53,12 +51,14 @@ def _diff(options: argparse.Namespace) -> int:
     samples = OwnSamples.read(options.samples) if options.samples else None
     with ProgressBar() as bar:
         found = compare_archives(options.one, options.other, samples, options.threads, bar)
-    if options.json:
-        print(printable_json(found.document(), indent=2))
-    else:
-        _print_comparison(found)
-    if options.html:
-        staging.write_whole(options.html, comparison_page(found))
+    try:  # the page first: whoever reads what is printed may stop reading
+        if options.html:
+            staging.write_whole(options.html, comparison_page(found))
+    finally:
+        if options.json:
+            print(printable_json(found.document(), indent=2))
+        else:
+            _print_comparison(found)
     return int(not found.equal)
 
 

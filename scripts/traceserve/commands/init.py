@@ -41,8 +41,7 @@ def _init(options: argparse.Namespace) -> int:
 
     output: Path = options.output
     require_no_folder(output)
-    if output.exists() and not options.force:
-        raise ConfigError(f"{output} exists; --force replaces it, --output names another one")
+    staging.check_replaceable(output, options.force, ConfigError)
     named = options.checkpoint or _asked()
     folder = output.resolve().parent
     if Path(named).is_dir() and not Path(named).is_absolute() and not named.startswith("~"):

@@ -209,7 +209,7 @@ def print_findings(findings: Findings) -> None:
 def _print_variant(findings: Findings) -> None:
     from rich.table import Table
 
-    from traceserve.building.gate.findings import MOST_UNEXPLAINED
+    from traceserve.building.gate.findings import most_unexplained
 
     where = f" ({findings.variant}, on {findings.device})" if findings.variant else ""
     if findings.failure:
@@ -231,8 +231,8 @@ def _print_variant(findings: Findings) -> None:
             print_line(f"and {len(findings.failed) - 20} more of {len(findings.cells)} cells", error=True)
     for output, share in findings.indistinct.items():
         print_line(
-            f"{output} hardly tells texts apart{where}: of its variance over them {share:.0%} is not the original's, limit "
-            f"{MOST_UNEXPLAINED:.0%}",
+            f"{output} does not tell texts apart as the original does{where}: of its variance over them {share:.0%} is lost, "
+            f"limit {most_unexplained(output):.0%}",
             error=True,
         )
     if findings.judged is not None:

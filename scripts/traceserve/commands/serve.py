@@ -113,7 +113,8 @@ def _add_front(parser: argparse.ArgumentParser) -> None:
         "--metrics-port",
         type=port,
         metavar="P",
-        help="serve Prometheus' metrics on this port of --host, without a key [a free one of the loopback address]",
+        help="serve Prometheus' metrics on this port of --host, without a key; on ray of the loopback address alone [a free "
+        "one of the loopback address]",
     )
 
 
@@ -156,16 +157,18 @@ def _serve(options: argparse.Namespace) -> int:
             trusted=options.require_signature,
             scaling=Scaling(options.most_workers, options.ongoing, options.gpus),
         )
-    # Output that goes elsewhere is a log, and a key in it would be kept with it; so is a container's, even with a terminal.
-    print_instance(instance, time.monotonic() - started, is_terminal(sys.stdout) and not options.foreground)
-    if options.foreground:
-        try:
-            instances.wait(instance)
-        except BaseException:  # an interrupt, as from a container or systemd
-            instances.stop(instance)
-            raise
-        raise ServerError(f"the server ended{last_words(Path(instance.folder))}")
-    return 0
+    seconds = time.monotonic() - started
+    if not options.foreground:
+        # Output that goes elsewhere is a log, and a key in it would be kept with it.
+        print_instance(instance, seconds, is_terminal(sys.stdout))
+        return 0
+    try:
+        print_instance(instance, seconds)  # a container's output is a log, even with a terminal
+        instances.wait(instance)
+    except BaseException:  # an interrupt, as from a container or systemd; or an output that nobody reads
+        instances.stop(instance)
+        raise
+    raise ServerError(f"the server ended{last_words(Path(instance.folder))}")
 
 
 def _add_stop(parser: argparse.ArgumentParser) -> None:
@@ -178,7 +181,7 @@ def _stop(options: argparse.Namespace) -> int:
 
     if options.all and options.port is not None:
         raise TraceserveError("stop: give --port or --all, not both")
-    dead = [instance for instance in instances.died() if options.all or instance.port == options.port]
+    dead = [instance for instance in instances.tidy_dead() if options.all or instance.port == options.port]
     running = instances.running()
     if options.all:
         chosen = running

@@ -69,7 +69,7 @@ def _status(options: argparse.Namespace) -> int:
     if options.watch is not None:
         return _watch(options.watch)
     running = instances.running()
-    for instance in instances.died():
+    for instance in instances.tidy_dead():
         _print_dead(instance)
         instances.mark_seen(instance)
     if not running:

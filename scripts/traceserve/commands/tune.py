@@ -7,7 +7,7 @@ import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Optional
 
-from traceserve.commands.arguments import positive, require_writable
+from traceserve.commands.arguments import add_samples, positive, require_writable
 from traceserve.commands.contract import Command
 from traceserve.commands.printing import ProgressBar, console, figure, print_line, print_note
 from traceserve.serving import engines
@@ -21,14 +21,7 @@ if TYPE_CHECKING:
 
 def _add_tune(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("archive", type=Path, metavar="ARCHIVE", help="the archive to configure")
-    parser.add_argument(
-        "--samples",
-        type=Path,
-        required=True,
-        metavar="FILE",
-        help="realistic texts: one per line, or a .csv or .tsv with a column text, or request bodies in a "
-        ".jsonl; the best configuration depends on their lengths",
-    )
+    add_samples(parser, "realistic texts:", "; the best configuration depends on their lengths", required=True)
     parser.add_argument(
         "--target",
         type=_p99,
@@ -87,34 +80,41 @@ def _tune(options: argparse.Namespace) -> int:
     goal = Goal(options.connections, options.target)
     with ProgressBar() as bar:
         tuned = tune.tune(options.archive, options.samples, goal, options.budget, bar, options.engine)
-    _print_tuned(tuned)
-    if tuned.chosen is not None:  # before the page, which may fail
-        _configure(options, tuned.chosen, tuned.own)
-    if options.html:
-        from traceserve.measuring.tuning_page import tuning_page
+    said = ""
+    try:  # the files first: whoever reads what is printed may stop reading; and the archive before the page, which may fail
+        if tuned.chosen is not None:
+            said = _configured(options, tuned.chosen, tuned.own)
+        if options.html:
+            from traceserve.measuring.tuning_page import tuning_page
 
-        staging.write_whole(options.html, tuning_page(tuned, options.archive.name))
+            staging.write_whole(options.html, tuning_page(tuned, options.archive.name))
+    finally:
+        _print_tuned(tuned)
+        if said:
+            _print_next_step(options, said)
     if tuned.chosen is None:
         raise ServerError(tune.missed(tuned.best, goal, options.archive))
     return 0
 
 
-def _configure(options: argparse.Namespace, chosen: Serving, own: Serving) -> None:
-    """Write the chosen configuration into the archive, unless it has it or the run is dry, and say so."""
+def _configured(options: argparse.Namespace, chosen: Serving, own: Serving) -> str:
+    """Write the chosen configuration into the archive, unless it has it or the run is dry; returns what was done."""
     from traceserve.archives import contents
     from traceserve.measuring.tune import describe_serving
 
     place = shlex.quote(str(options.archive))
     if chosen == own:
-        said = f"nothing better was found; {place} stays as it is: {describe_serving(chosen)}"
-    elif options.dry_run:
-        said = f"not written into {place}, as --dry-run says: {describe_serving(chosen)}"
-    else:
-        contents.configure_archive(options.archive, chosen)
-        said = f"written into {place}: {describe_serving(chosen)}"
+        return f"nothing better was found; {place} stays as it is: {describe_serving(chosen)}"
+    if options.dry_run:
+        return f"not written into {place}, as --dry-run says: {describe_serving(chosen)}"
+    contents.configure_archive(options.archive, chosen)
+    return f"written into {place}: {describe_serving(chosen)}"
+
+
+def _print_next_step(options: argparse.Namespace, said: str) -> None:
     print_line(f"\n{said}")
     engine = "" if options.engine == engines.TORCHSERVE else f" --engine {options.engine}"
-    print_line(f"serve it:  traceserve serve {place}{engine}")
+    print_line(f"serve it:  traceserve serve {shlex.quote(str(options.archive))}{engine}")
 
 
 def _print_tuned(tuned: Tuned) -> None:

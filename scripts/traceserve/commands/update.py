@@ -7,7 +7,15 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Dict
 
-from traceserve.commands.arguments import add_port, add_signature, positive, require_archive, zero_or_more
+from traceserve.commands.arguments import (
+    add_port,
+    add_samples,
+    add_signature,
+    number_in,
+    positive,
+    require_archive,
+    zero_or_more,
+)
 from traceserve.commands.contract import Command
 from traceserve.commands.printing import print_line, print_note
 
@@ -29,13 +37,7 @@ def _add_update(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="promote it although up to N answers differ from the running version's [%(default)s]",
     )
-    parser.add_argument(
-        "--samples",
-        type=Path,
-        metavar="FILE",
-        help="ask both versions these texts too, one per line, or a .csv or .tsv with a column text, or request bodies in a "
-        ".jsonl",
-    )
+    add_samples(parser, "ask both versions these texts too,")
     parser.add_argument(
         "--shadow",
         type=_share,
@@ -64,7 +66,7 @@ def _add_update(parser: argparse.ArgumentParser) -> None:
 
 def _share(text: str) -> float:
     """Parse a number above 0, up to 1."""
-    number = float(text)
+    number = number_in(text)
     if not 0 < number <= 1:
         raise argparse.ArgumentTypeError("should be above 0, and at most 1 for all")
     return number

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Optional, Tuple
 
 from traceserve_runtime.errors import TraceserveError
 
-from traceserve.commands.arguments import add_port, require_archive
+from traceserve.commands.arguments import add_port, quantity, require_archive
 from traceserve.commands.contract import Command
 from traceserve.commands.printing import (
     answer_in_brief,
@@ -21,7 +21,7 @@ from traceserve.commands.printing import (
 )
 
 if TYPE_CHECKING:
-    from traceserve.checking.verifying import Door, Verification
+    from traceserve.checking.verifying import AskedServer, Verification
     from traceserve.serving.instances import Instance
 
 _SHOWN, _LONGEST = 12, 60  # rows, and characters of an answer
@@ -39,15 +39,18 @@ def _add_verify(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="the .mar whose golden set is asked [the one that the server unpacked, for NAME]",
     )
-    parser.add_argument("--key", metavar="KEY", help="the server's key for predictions [known for NAME]")
+    parser.add_argument("--key", metavar="KEY", help="for a URL: the server's key for predictions [known for NAME]")
     parser.add_argument(
-        "--key-file", type=Path, metavar="FILE", help="a file with that key, which ps and history do not show"
+        "--key-file",
+        type=Path,
+        metavar="FILE",
+        help="for a URL: a file with that key, which ps and history do not show",
     )
     parser.add_argument(
-        "--certificate", type=Path, metavar="FILE", help="the certificate to trust, for https:// and a URL"
+        "--certificate", type=Path, metavar="FILE", help="for a URL with https://: the certificate to trust"
     )
     parser.add_argument(
-        "--seconds", type=float, default=8.0, metavar="S", help="ask no more samples after this time [%(default)g s]"
+        "--seconds", type=quantity, default=8.0, metavar="S", help="ask no more samples after this time [%(default)g s]"
     )
     parser.add_argument(
         "--texts", action="store_true", help="show the answers to your own samples too, which quote them"
@@ -59,8 +62,8 @@ def _add_verify(parser: argparse.ArgumentParser) -> None:
 def _verify(options: argparse.Namespace) -> int:
     from traceserve.checking.verifying import verify_server
 
-    door, archive = _door(options)
-    found = verify_server(door, archive, options.seconds)
+    server, archive = _asked_server(options)
+    found = verify_server(server, archive, options.seconds)
     if options.json:
         print(printable_json(found.document(options.texts), indent=2))
     else:
@@ -68,16 +71,19 @@ def _verify(options: argparse.Namespace) -> int:
     return int(not found.passed)
 
 
-def _door(options: argparse.Namespace) -> Tuple[Door, Path]:
+def _asked_server(options: argparse.Namespace) -> Tuple[AskedServer, Path]:
     """Return the server and the archive with the golden set; raises TraceserveError."""
-    from traceserve.checking.verifying import Door
+    from traceserve.checking.verifying import AskedServer
     from traceserve.serving import instances
 
     if "://" in options.place:
+        if options.port is not None:
+            raise TraceserveError("verify: --port is for a name; a URL has its own")
         if options.archive is None:
             raise TraceserveError("verify: a URL needs --archive FILE.mar, which brings the golden set")
         certificate = str(options.certificate) if options.certificate else None
-        return Door(options.place, options.place, _key(options), certificate), options.archive
+        return AskedServer(options.place, options.place, _key(options), certificate), options.archive
+    _check_for_url(options)
     archive: Optional[Path] = options.archive
     name = options.place
     if name.endswith(".mar"):
@@ -86,7 +92,17 @@ def _door(options: argparse.Namespace) -> Tuple[Door, Path]:
     instance = instances.serving_instance(name, options.port, or_url=True)
     if archive is not None:
         _check_task(archive, instance, name)
-    return Door.of(instance, name), archive or instance.unpacked(name)
+    return AskedServer.of(instance, name), archive or instance.unpacked(name)
+
+
+def _check_for_url(options: argparse.Namespace) -> None:
+    """Raise TraceserveError for an option that would have no effect, since no URL is asked with it."""
+    given = {"--key": options.key, "--key-file": options.key_file, "--certificate": options.certificate}
+    for option, value in given.items():
+        if value is not None:
+            raise TraceserveError(
+                f"verify: {option} is for URLs, not for {options.place}: of a server on this machine it is known"
+            )
 
 
 def _check_task(archive: Path, instance: Instance, name: str) -> None:
@@ -117,7 +133,7 @@ def _print_verification(found: Verification, with_texts: bool) -> None:
     largest = f"largest difference of a score {found.largest_difference:.1e} (limit {found.limit:.1e})"
     comparable = any(each.difference is not None for each in found.samples)
     print_line(
-        f"{found.door.label}: {asked} samples asked ({found.endpoint.dialect.name}), p50 {figure(found.p50)} ms{build}, "
+        f"{found.server.label}: {asked} samples asked ({found.endpoint.dialect.name}), p50 {figure(found.p50)} ms{build}, "
         f"{largest if comparable else 'no scores are comparable'}"
     )
     if found.different:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import List, Sequence, Tuple
@@ -13,7 +12,15 @@ from traceserve_runtime.manifest import MANIFEST_FILE, Manifest, sha256
 from traceserve_runtime.tasks import TASKS
 
 from traceserve.archives.contents import ARCHIVER_MANIFEST, read_manifest, read_serving
-from traceserve.archives.listing import CHANGED, UNHASHED, UNKNOWN, differences, list_files, wrong_for_torchserve
+from traceserve.archives.listing import (
+    CHANGED,
+    UNHASHED,
+    UNKNOWN,
+    Listing,
+    differences,
+    list_files,
+    wrong_for_torchserve,
+)
 from traceserve.archives.model_config import Serving
 from traceserve.archives.names import check_name
 from traceserve.building.config.hardware import HARDWARE
@@ -55,16 +62,15 @@ def describe(files: Sequence[Path]) -> Tuple[Described, ...]:
         manifest, serving = read_manifest(file), read_serving(file)
         name = check_name(file.stem)
         _check_known(file, manifest)
-        _check_whole(file, manifest)
+        listing = _whole(file, manifest)
         for other in found:
             if other.name == name:
                 raise DeployError(
                     f"{other.file} and {file} would both answer at /predictions/{name}; rename one of them"
                 )
-        with zipfile.ZipFile(file) as content:
-            unpacked = sum(info.file_size for info in content.infolist())
+        unpacked = sum(each.size for each in listing.files)
         canary = TASKS[manifest.task].canary_body(manifest)
-        found.append(Described(file, name, sha256(file), file.stat().st_size, unpacked, manifest, serving, canary))
+        found.append(Described(file, name, sha256(file), listing.size, unpacked, manifest, serving, canary))
     _check_together(found)
     return tuple(found)
 
@@ -88,8 +94,8 @@ def _check_known(file: Path, manifest: Manifest) -> None:
             ) from None
 
 
-def _check_whole(file: Path, manifest: Manifest) -> None:
-    """Raise ArchiveError unless an archive holds the files of its manifest, unchanged, and no others."""
+def _whole(file: Path, manifest: Manifest) -> Listing:
+    """Return what an archive holds; raises ArchiveError unless these are the files of its manifest, unchanged."""
     listing = list_files(file, (ARCHIVER_MANIFEST,))
     for name, how in differences(listing, manifest):
         if how == UNKNOWN:
@@ -100,6 +106,7 @@ def _check_whole(file: Path, manifest: Manifest) -> None:
     wrong = wrong_for_torchserve(listing, manifest)
     if wrong:
         raise ArchiveError(f"{file} {wrong}")
+    return listing
 
 
 def _check_together(found: Sequence[Described]) -> None:

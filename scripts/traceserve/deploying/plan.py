@@ -63,7 +63,6 @@ class DeployTarget(NamedTuple):
     """A kind of place to deploy to; `engines` are those that it has files for, the first by default. Of `schemes` are the
     addresses that archives are fetched from: None for any, empty if none is."""
 
-    text: str
     engines: Tuple[str, ...]
     plan: Callable[[Sequence[Described], Wishes], Plan]
     schemes: Optional[Tuple[str, ...]] = None

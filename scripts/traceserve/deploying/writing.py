@@ -14,7 +14,7 @@ from traceserve import __version__
 from traceserve.archives import staging
 from traceserve.deploying.described import Described
 from traceserve.deploying.plan import Copy, File, Plan, Text
-from traceserve.errors import DeployError
+from traceserve.errors import DeployError, some
 from traceserve.machine import space
 
 RECORD = "traceserve-deploy.json"  # what was deployed from what; by it a folder is known as one that may be replaced
@@ -64,10 +64,9 @@ def _check_unchanged(folder: Path) -> None:
         name for name in _names_below(folder) if name != RECORD and not _is_written(folder / name, written.get(name))
     ]
     if changed:
-        more = f" and {len(changed) - _SHOWN} more" if len(changed) > _SHOWN else ""
         raise DeployError(
             f"--output {folder} holds files that were changed since, or that `traceserve deploy` did not write: "
-            f"{', '.join(changed[:_SHOWN])}{more}; move them, or discard them by --force --discard-changes"
+            f"{some(changed, _SHOWN)}; move them, or discard them by --force --discard-changes"
         )
 
 

@@ -61,7 +61,7 @@ class Needed:
 
     def __exit__(self, kind: object, error: Optional[BaseException], where: object) -> None:
         if error is not None and not isinstance(error, NoSpace) and is_full(error):
-            raise told(error, [self.folder], self.needed, self.what) from error
+            raise full_disk_error(error, [self.folder], self.needed, self.what) from error
 
 
 @contextlib.contextmanager
@@ -78,7 +78,9 @@ def named_file(path: Path, chosen: bool = True) -> Iterator[None]:
         raise NoSpace(f"{start}; free some{otherwise}") from error
 
 
-def told(error: BaseException, folders: List[Path], needed: Optional[int] = None, what: str = "a file") -> NoSpace:
+def full_disk_error(
+    error: BaseException, folders: List[Path], needed: Optional[int] = None, what: str = "a file"
+) -> NoSpace:
     """Return an error that is_full as one line about the file that it names, or else the fullest of the given disks."""
     path = _named(error)
     if path is None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import http.client
 import json
 import urllib.error
 import urllib.parse
@@ -42,14 +43,14 @@ class BenchTarget:
     continuous: bool = False
 
 
-def subject(
+def bench_target(
     place: str,
     samples: OwnSamples,
     port: Optional[int] = None,
     body: Optional[str] = None,
     headers: Mapping[str, str] = {},
 ) -> BenchTarget:
-    """Return the subject for NAME, an archive served by us, or a URL, with these samples; raises ServerError,
+    """Return the target for NAME, an archive served by us, or a URL, with these samples; raises ServerError,
     ConfigError.
 
     `body` (a template) and `headers` are only for a URL: our own servers' bodies and keys are known.
@@ -134,5 +135,5 @@ def check_answer(asked: BenchTarget) -> None:
         with error:
             words = error.read(500).decode("utf-8", "replace").strip()
         raise ServerError(f"{asked.label} answers {error.code} to the first sample: {words or error.reason}") from None
-    except OSError as error:
+    except (OSError, http.client.HTTPException) as error:
         raise ServerError(f"{asked.label} cannot be reached: {getattr(error, 'reason', error)}") from None

@@ -7,14 +7,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Callable, Dict, List, Optional, Tuple
 
-from traceserve_runtime import processor
+import yaml
+from traceserve_runtime import processor, settings
 from traceserve_runtime.batching.costs import CostModel
 from traceserve_runtime.engine import Engine, load_task
 from traceserve_runtime.errors import TraceserveError
 from traceserve_runtime.manifest import Manifest
 from traceserve_runtime.protocols.bodies import Headers
 from traceserve_runtime.protocols.requests import parse_requests
-from traceserve_runtime.settings import Settings
 from traceserve_runtime.tasks.contract import Task
 from traceserve_runtime.texts.rows import Encoded
 
@@ -211,7 +211,7 @@ def _cost(archive: Path, serving: Serving) -> CostModel:
     """Return the cost of the model's runs on this machine, as its worker measures it."""
     with scratch() as folder:
         unpack(archive, folder)
-        engine = Engine.load(folder, settings=Settings(serving.threads, serving.length_step))
+        engine = Engine.load(folder, settings=settings.read(yaml.safe_load(serving.to_yaml())))
         engine.warm_up()
         engine.scheduler.measure()
         return engine.scheduler.cost

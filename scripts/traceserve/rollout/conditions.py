@@ -7,12 +7,12 @@ from pathlib import Path
 from traceserve_runtime.manifest import Manifest
 
 from traceserve.errors import ServerError
+from traceserve.rollout.engines.contract import ServedVersion
 from traceserve.serving.instances import Instance
-from traceserve.serving.management import Registered
 from traceserve.serving.plan import Archive
 
 
-def check_archive(archive: Archive, instance: Instance, running: Registered) -> None:
+def check_archive(archive: Archive, instance: Instance, running: ServedVersion) -> None:
     """Raise ServerError for an archive that cannot take the running one's place."""
     manifest, before = archive.manifest, Manifest.read(Path(instance.folder, "store", running.folder), verify=False)
     if manifest.version == running.version:

@@ -18,7 +18,7 @@ from traceserve.errors import ServerError
 from traceserve.measuring import activity
 from traceserve.serving import client, management
 from traceserve.serving.instances import Instance
-from traceserve.serving.metrics import metrics_of
+from traceserve.serving.metrics import naming_counts
 
 _LEAST = 1.0  # seconds in which a request that the frontend was at during the switch has got into its queue
 _PAUSE = 0.1
@@ -31,7 +31,7 @@ def drain(instance: Instance, name: str, version: str, canary: JsonObject, timeo
     Raises ServerError if it has not within `timeout` seconds.
     """
     started, own = time.monotonic(), 0
-    before = _naming(instance, name, version)
+    before = naming_counts(instance, name, _REQUESTS).get(version, 0)
     described = management.registered(instance, name)[version]
     quiet = _quiet(instance, name, described)
     proven = False
@@ -46,7 +46,7 @@ def drain(instance: Instance, name: str, version: str, canary: JsonObject, timeo
         described = management.registered(instance, name)[version]
         passed = time.monotonic() - started
         if described.waiting == 0 and passed >= quiet and (proven or not described.ready):
-            return max(0, _naming(instance, name, version) - before - own)
+            return max(0, naming_counts(instance, name, _REQUESTS).get(version, 0) - before - own)
         if passed > timeout:
             raise ServerError(f"{name} {version} still had requests after {timeout:.0f} s")
         time.sleep(_PAUSE)
@@ -63,15 +63,3 @@ def _quiet(instance: Instance, name: str, described: management.Registered) -> f
     except OSError:
         return float(described.response_timeout)
     return min(float(described.response_timeout), max(_LEAST, 2 * (longest or 0.0)))
-
-
-def _naming(instance: Instance, name: str, version: str) -> int:
-    """Return how many requests have named a version in their path; raises ServerError if its metrics do not say."""
-    try:
-        told = list(metrics_of(instance.metrics_url, name))
-    except OSError as error:
-        raise ServerError(
-            f"whether requests name {name} {version} is unknown: {instance.metrics_url}: {error}"
-        ) from None
-    counted = {labels["model_version"]: value for metric, labels, value in told if metric == _REQUESTS}
-    return int(counted.get(version, 0.0))

@@ -14,8 +14,8 @@ from traceserve.building.samples import OwnSamples
 from traceserve.checking.comparing import AnswerChange, same_meaning
 from traceserve.checking.dialects import NATIVE, SpokenAt
 from traceserve.checking.proof import Proof
-from traceserve.checking.verifying import Door
-from traceserve.errors import ConfigError
+from traceserve.checking.verifying import AskedServer
+from traceserve.errors import ConfigError, shortened
 from traceserve.serving import client
 
 
@@ -54,7 +54,7 @@ def what_is_asked(sample: GoldenSample) -> str:
     return json.dumps([sample.inputs, sample.parameters], sort_keys=True)
 
 
-def replay(old: Door, new: Door, task: Task, requests: Sequence[GoldenSample]) -> Replay:
+def replay(old: AskedServer, new: AskedServer, task: Task, requests: Sequence[GoldenSample]) -> Replay:
     """Ask both versions each request, and compare; raises ServerError if one does not answer at all."""
     moved: List[AnswerChange] = []
     drift = 0.0
@@ -70,9 +70,9 @@ def replay(old: Door, new: Door, task: Task, requests: Sequence[GoldenSample]) -
     return Replay(len(requests), tuple(moved), drift)
 
 
-def asked(door: Door, task: Task, request: GoldenSample) -> Tuple[Any, bool]:
+def asked(server: AskedServer, task: Task, request: GoldenSample) -> Tuple[Any, bool]:
     """Return the answer, and whether it is a refusal."""
-    status, answer = door.ask(door.url, NATIVE.write(request, task))
+    status, answer = server.ask(server.url, NATIVE.write(request, task))
     if status != 200:
-        return f"{status}: {client.error_words(answer)[:200]}", True
-    return SpokenAt(NATIVE, door.url).answer(answer, request, task), False
+        return f"{status}: {shortened(client.error_words(answer), 200)}", True
+    return SpokenAt(NATIVE, server.url).answer(answer, request, task), False

@@ -20,7 +20,7 @@ from traceserve_runtime.tasks.contract import Request, Task
 from traceserve.building.gate.drift import score_difference
 from traceserve.building.gate.golden import GoldenSample
 from traceserve.checking.comparing import AnswerChange, same_meaning
-from traceserve.checking.verifying import Door
+from traceserve.checking.verifying import AskedServer
 from traceserve.machine.private_files import write_private
 from traceserve.rollout.replaying import asked, what_is_asked
 from traceserve.serving.configuration import MIRROR_FILE
@@ -68,7 +68,7 @@ def _listening(instance: Instance, share: float) -> Iterator[socket.socket]:
 
 
 def shadow(
-    instance: Instance, old: Door, new: Door, task: Task, served: Tuple[str, str], options: ShadowOptions
+    instance: Instance, old: AskedServer, new: AskedServer, task: Task, served: Tuple[str, str], options: ShadowOptions
 ) -> Shadowed:
     """Compare for the given time; `served` is the old version's name and version. Raises ServerError if one does not answer at
     all.
@@ -109,7 +109,9 @@ def _received(listener: socket.socket, served: Tuple[str, str]) -> Optional[Gold
     return GoldenSample(document["inputs"], document["parameters"], document["answer"])
 
 
-def _changed(old: Door, new: Door, task: Task, sample: GoldenSample, number: int) -> Union[AnswerChange, float]:
+def _changed(
+    old: AskedServer, new: AskedServer, task: Task, sample: GoldenSample, number: int
+) -> Union[AnswerChange, float]:
     """Return the change, or the difference of the scores of an equal answer."""
     after, failed = asked(new, task, sample)
     if failed:

@@ -21,15 +21,15 @@ from traceserve.archives.contents import configure_unpacked, unpack
 from traceserve.archives.names import check_name
 from traceserve.building.samples import OwnSamples
 from traceserve.checking.proof import Proof, proof_of
-from traceserve.checking.verifying import Door, Verification, verify_server
+from traceserve.checking.verifying import AskedServer, Verification, verify_server
 from traceserve.errors import ArchiveError, ServerError
 from traceserve.rollout.conditions import check_archive
 from traceserve.rollout.engines import ROLLOUT_ENGINES
+from traceserve.rollout.engines.contract import ServedVersion
 from traceserve.rollout.replaying import Replay, replay, requests_of
 from traceserve.rollout.shadowing import Shadowed, ShadowOptions, shadow
 from traceserve.serving import client, instances, server
 from traceserve.serving.instances import Instance
-from traceserve.serving.management import Registered
 from traceserve.serving.plan import Archive, planned
 from traceserve.serving.update_lock import alone
 
@@ -92,11 +92,11 @@ def update_server(
         workers = options.workers or archive.serving.workers or running.workers
         archive = planned([file], None, workers, False)[archive.name]
         check_archive(archive, instance, running)
-        engine.check_update(archive, running, options.timeout)
+        engine.check_update(instance, archive, running, options.timeout)
         return _Update(archive, instance, running, proof, options, report).run()
 
 
-def _corrected(instance: Instance, name: str, running: Registered) -> Instance:
+def _corrected(instance: Instance, name: str, running: ServedVersion) -> Instance:
     """Remember the version that runs, if an update was killed after the switch."""
     if instance.unpacked(name).name == running.folder:
         return instance
@@ -119,7 +119,7 @@ class _Update:
         self,
         archive: Archive,
         instance: Instance,
-        running: Registered,
+        running: ServedVersion,
         proof: Proof,
         options: UpdateOptions,
         report: Report,
@@ -189,12 +189,14 @@ class _Update:
     def _verify(self) -> Verification:
         """Ask the new version its sample and its golden set at its own address; raises ServerError."""
         self._ask_canary(f"{self._name}/{self._version}")
-        found = verify_server(self._new(), self._archive.file)
+        found = verify_server(self._new(), self._archive.file, self._options.timeout, "--timeout")
         if not found.passed:
             raise UpdateRefused(f"{self._name} {self._version} is not what was built: {'; '.join(found.problems)}")
         self._report(
             f"verified {self._version}: {len(found.samples)} samples answered as by the original, p50 {found.p50:.1f} ms"
         )
+        for note in found.notes:
+            self._report(f"note on {self._version}: {note}")
         return found
 
     def _ask_canary(self, path: str) -> None:
@@ -203,16 +205,16 @@ class _Update:
         except ServerError as error:
             raise ServerError(f"{path} does not answer its own sample: {error.message}") from None
 
-    def _new(self) -> Door:
-        return self._door(self._version, f"{self._name}/{self._version}")
+    def _new(self) -> AskedServer:
+        return self._asked_server(self._version, f"{self._name}/{self._version}")
 
-    def _old(self) -> Door:
+    def _old(self) -> AskedServer:
         version = self._running.version
-        return self._door(version, self._engine.path_of_running(self._name, version))
+        return self._asked_server(version, self._engine.path_of_running(self._name, version))
 
-    def _door(self, version: str, path: str) -> Door:
-        door = Door.of(self._instance, path)
-        return dataclasses.replace(door, label=f"{self._name} {version}")
+    def _asked_server(self, version: str, path: str) -> AskedServer:
+        found = AskedServer.of(self._instance, path)
+        return dataclasses.replace(found, label=f"{self._name} {version}")
 
     def _compare(self) -> Replay:
         """Ask both versions the same; raises ServerError if more answers moved than may."""

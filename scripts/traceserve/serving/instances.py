@@ -134,18 +134,26 @@ def running() -> List[Instance]:
     return [instance for instance in _remembered() if instance.process is not None]
 
 
-def died() -> List[Instance]:
-    """Return the servers that died and whose logs still exist, the latest first; nothing of them runs any more."""
-    dead = [instance for instance in _remembered() if instance.process is None]
-    found: List[Instance] = []
-    for instance in sorted(dead, key=lambda instance: -instance.started):
+def dead() -> List[Instance]:
+    """Return the last servers that died and whose logs still exist, the latest first. Nothing is removed."""
+    return [instance for instance in _ended() if instance.log.is_file()][:_KEPT]
+
+
+def tidy_dead() -> List[Instance]:
+    """Return the same; nothing of any dead server runs any more, and no more than the readable files of these is left."""
+    kept = dead()
+    for instance in _ended():
         _end_orphans(instance)
-        if len(found) < _KEPT and instance.log.is_file():
+        if instance in kept:
             _keep_only(instance)
-            found.append(instance)
         else:
             _remove(instance)
-    return found
+    return kept
+
+
+def _ended() -> List[Instance]:
+    ended = [instance for instance in _remembered() if instance.process is None]
+    return sorted(ended, key=lambda instance: -instance.started)
 
 
 def as_remembered(instance: Instance) -> Instance:
@@ -153,7 +161,12 @@ def as_remembered(instance: Instance) -> Instance:
     for each in running():
         if each.folder == instance.folder:
             return each
-    raise ServerError(f"the server on port {instance.port} has ended; `traceserve status` says why")
+    raise has_ended(instance)
+
+
+def has_ended(instance: Instance) -> ServerError:
+    """Return the error of a command whose server has ended."""
+    return ServerError(f"the server on port {instance.port} has ended; `traceserve status` says why")
 
 
 def mark_seen(instance: Instance) -> None:
@@ -164,7 +177,7 @@ def mark_seen(instance: Instance) -> None:
 
 def sweep() -> None:
     """Remove the remains of dead servers whose failure was shown."""
-    for instance in died():
+    for instance in tidy_dead():
         if instance.seen:
             _remove(instance)
 
@@ -208,8 +221,8 @@ def find_instance(port: Optional[int]) -> Instance:
 
 def none_running(name: str = "NAME", otherwise: str = "") -> ServerError:
     """Return the error of a command that needs a server, of an archive if named, while none is running."""
-    dead = ", ".join(str(instance.port) for instance in died())
-    told = f" (one on port {dead} died; `traceserve status` says why)" if dead else ""
+    ports = ", ".join(str(instance.port) for instance in dead())
+    told = f" (one on port {ports} died; `traceserve status` says why)" if ports else ""
     return ServerError(f"no server is running{told}; `traceserve serve model_store/{name}.mar` starts one{otherwise}")
 
 
@@ -317,9 +330,10 @@ def _remove(instance: Instance) -> None:
 
 def _keep_only(instance: Instance) -> None:
     """Keep only a dead server's readable files: its archives and temporary files are large, and its keys are secret."""
-    for path in Path(instance.folder).iterdir():
-        if path.is_dir() and path.name not in _READABLE:
-            shutil.rmtree(path, ignore_errors=True)
+    with contextlib.suppress(FileNotFoundError):  # another command may remove it meanwhile
+        for path in Path(instance.folder).iterdir():
+            if path.is_dir() and path.name not in _READABLE:
+                shutil.rmtree(path, ignore_errors=True)
     for name in _SECRET:
         Path(instance.folder, name).unlink(missing_ok=True)
 

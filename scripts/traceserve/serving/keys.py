@@ -114,9 +114,12 @@ def _rotated(instance: Instance, key: Optional[str]) -> Instance:
             f"TorchServe, on port {instance.port}, makes its keys itself and takes none; a key of your own needs --engine ray"
         )
     maker = dataclasses.replace(instance, management_key=torchserve_keys(folder)["API"])
-    for kind in _KINDS:
-        management.call(maker, "GET", f"/token?type={kind}")
-    return current(instance)
+    try:
+        for kind in _KINDS:
+            management.call(maker, "GET", f"/token?type={kind}")
+    finally:  # the first may have been replaced although the second was not
+        instance = current(instance)
+    return instance
 
 
 def _remembered_with(instance: Instance, key: str, management_key: Optional[str]) -> Instance:

@@ -4,33 +4,41 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Optional
+from typing import NamedTuple, Optional
 
 # Words of a JVM or operating system for a process's end.
 _REASON = re.compile(r"\b\w*(Error|Exception)\b|[Oo]ut of memory|Killed|SIG[A-Z]+|fatal|No space left")
 
 
-def load_failure(log: Path, start: int = 0) -> Optional[str]:
-    """Return in one line why a worker could not load its archive, from the log after `start` bytes; None if none
-    failed."""
+class LoadFailure(NamedTuple):
+    """Why a worker could not load its archive, in one line; and the archive's name, if the log tells it."""
+
+    name: Optional[str]
+    reason: str
+
+
+def load_failure(log: Path, start: int = 0, name: Optional[str] = None) -> Optional[LoadFailure]:
+    """Return the first failure of a worker to load its archive in the log after `start` bytes, with `name` none of another
+    archive; None if none failed."""
     content = log.read_bytes() if log.is_file() else b""
     text = (content[start:] if len(content) >= start else content).decode(
         "utf-8", "replace"
     )  # it may have been rotated
-    match = re.search(r"(?:Failed to load model \S+|Load model \S+ cpu OOM), exception (.+)", text)
-    if match:
-        return match.group(1).strip()
+    for named in re.finditer(r"(?:Failed to load model (\S+)|Load model (\S+) cpu OOM), exception (.+)", text):
+        failed = named[1] or named[2]
+        if name in (None, failed):
+            return LoadFailure(failed, named[3].strip())
     died = [match.end() for match in re.finditer("Backend worker process died", text)]
     if died:
         errors = re.findall(
             r"^\S+ +[A-Z]+ +((?:\w+\.)*\w*(?:Error|Exception|Exit)\b.*)$", text[died[0] :], re.MULTILINE
         )
         if errors:
-            return str(errors[0]).strip()
+            return LoadFailure(None, str(errors[0]).strip())
         if len(died) > 1:  # the first one's reason would be between them
-            return "its process died without a reason"
+            return LoadFailure(None, "its process died without a reason")
     match = re.search(r"(?:ModelException|InvalidModelException|ArchiveException|ModelNotFoundException): (.+)", text)
-    return match.group(1).strip() if match else None
+    return LoadFailure(None, match[1].strip()) if match else None
 
 
 def last_words(folder: Path) -> str:

@@ -1,4 +1,4 @@
-"""The plan of a start: which archives, how each is served, where, and by which engine."""
+"""The plan of a start: which archives, how each is served, where, and by which engine; and the record of what it started."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Callable, Dict, Mapping, Optional, Sequence
 
+import psutil
 from traceserve_runtime import processor
 from traceserve_runtime.manifest import Manifest
 
@@ -15,8 +16,11 @@ from traceserve.archives.contents import read_manifest, read_serving
 from traceserve.archives.model_config import Serving
 from traceserve.archives.names import check_name
 from traceserve.errors import ServerError
+from traceserve.serving import instances
 from traceserve.serving.configuration import DEFAULT_WORKERS
 from traceserve.serving.front import FrontendOptions
+from traceserve.serving.instances import Instance
+from traceserve.serving.log import last_words
 
 
 @dataclass(frozen=True)
@@ -79,6 +83,46 @@ class ServerPlan:
         for archive in self.archives.values():
             found[archive.name] = found.get(archive.name, 0) + archive.workers
         return found
+
+
+def record_started(
+    plan: ServerPlan,
+    pid: int,
+    metrics_port: int,
+    management_port: int = 0,
+    metrics_host: str = "127.0.0.1",
+    key: Optional[str] = None,
+    management_socket: Optional[str] = None,
+) -> Instance:
+    """Record the just launched server of a plan as running, with what its engine alone knows; raises ServerError if it has
+    ended."""
+    try:
+        started = psutil.Process(pid).create_time()
+    except psutil.NoSuchProcess:
+        raise ServerError(f"the server ended as soon as it was started{last_words(plan.folder)}") from None
+    certificate = plan.front.certificate
+    instance = Instance(
+        port=plan.port,
+        host=plan.host,
+        management_port=management_port,
+        metrics_port=metrics_port,
+        pid=pid,
+        started=started,
+        names=tuple(plan.workers),
+        workers=plan.workers,
+        folder=str(plan.folder),
+        key=key,
+        management_key=None,
+        certificate=None if certificate is None else str(certificate),
+        engine=plan.engine,
+        management_socket=management_socket,
+        trusted=plan.trusted,
+        ticks=instances.ticks_of(pid),
+        metrics_host=metrics_host,
+        locked=plan.lock is not None,
+    )
+    instances.remember(instance)
+    return instance
 
 
 def planned(

@@ -13,6 +13,7 @@ import psutil
 
 from traceserve.errors import ServerError, last_line
 from traceserve.machine.private_files import write_private
+from traceserve.serving import instances
 from traceserve.serving.instances import Instance
 from traceserve.serving.update_lock import locks_held
 
@@ -65,7 +66,7 @@ def _process(instance: Instance) -> Iterator[psutil.Process]:
             raise psutil.NoSuchProcess(instance.pid)
         yield process
     except (OSError, psutil.Error, ValueError):
-        raise ServerError(f"the server on port {instance.port} has ended; `traceserve status` says why") from None
+        raise instances.has_ended(instance) from None
 
 
 def _started_with(process: psutil.Process, option: str) -> str:

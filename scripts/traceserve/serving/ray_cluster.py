@@ -19,8 +19,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Dict, List, Mapping, Optional
 
-import psutil
 from traceserve_hosts import KEY_FILE_VARIABLE, KEY_VARIABLE, libraries, ray_config
+from traceserve_hosts.addresses import is_only_local
 from traceserve_runtime import mirror, processor
 from traceserve_runtime.runtimes.torchscript.neuron import CHIPS
 
@@ -29,7 +29,7 @@ from traceserve.machine.private_files import write_private
 from traceserve.serving import configuration, instances, keys, ray_applications, ray_guard
 from traceserve.serving.instances import Instance
 from traceserve.serving.log import last_words
-from traceserve.serving.plan import Archive, Scaling, ServerPlan
+from traceserve.serving.plan import Archive, Scaling, ServerPlan, record_started
 
 # For "run/session_2026-11-26_22-22-43_885418_1234567/sockets/plasma_store", Ray's longest socket below a server's
 # folder.
@@ -50,7 +50,7 @@ keep() {  # whole: the guard reads it at any time
 for argument in "$@"; do
   case "$argument" in
     *.cfg) grep -q '^listen waiting$' "$argument" || # changed already
-           sed -i.original -e 's#^\\( *bind\\) {loopback}:{port}$#\\1 {door}#' \\
+           sed -i.original -e 's#^\\( *bind\\) {loopback}:{port}$#\\1 {bind}#' \\
                            -e 's/ bind [*]*:{statistics}$/ bind 127.0.0.1:{statistics}/' \\
                            -e 's/ bind [*]*:{metrics}$/ bind 127.0.0.1:{metrics}/' \\
                            -e 's#\\( errorfile 50[234]\\) .*#\\1 {unavailable}#' \\
@@ -92,8 +92,7 @@ def launch_cluster(plan: ServerPlan) -> Instance:
     ports["metrics"] = plan.front.metrics_port or ports["metrics"]
     key = keys.user_key() if configuration.demands_keys(plan.host, plan.front) else None
     variables = _variables(plan, ports, key)
-    process = _start(plan, ports, variables)
-    instance = _remembered(plan, process, ports["metrics"], key)
+    instance = record_started(plan, _start(plan, ports, variables), ports["metrics"], key=key)
     _deploy(plan, instance, f"127.0.0.1:{ports['gcs']}", variables)
     return instance
 
@@ -103,6 +102,13 @@ def _check(plan: ServerPlan) -> None:
         raise ServerError(
             "--engine ray needs Ray Serve; install it on Linux or macOS, with Python 3.10 or newer, by: pip install "
             "'traceserve[ray]'"
+        )
+    metrics = plan.front.metrics_port
+    if metrics and not is_only_local(plan.host):
+        raise ServerError(
+            f"--metrics-port {metrics} with --engine ray is on the loopback address alone, where Ray serves its metrics, not on "
+            f"--host {plan.host}: leave it out, and let a program on this machine, such as a proxy, read the metrics' URL that "
+            "`traceserve serve` prints"
         )
     most, gpus = plan.scaling.most, plan.scaling.gpus
     for name, archive in plan.archives.items():
@@ -186,7 +192,7 @@ def _haproxy(plan: ServerPlan, ports: Mapping[str, int]) -> Path:
         "program": _real_haproxy(),
         "loopback": _LOOPBACK.replace(".", "[.]"),
         "port": plan.port,
-        "door": _door(plan),
+        "bind": _bind_clause(plan),
         "statistics": ports["statistics"],
         "metrics": ports["haproxy"],
         "unavailable": unavailable,
@@ -206,7 +212,7 @@ def _haproxy(plan: ServerPlan, ports: Mapping[str, int]) -> Path:
     return file
 
 
-def _door(plan: ServerPlan) -> str:
+def _bind_clause(plan: ServerPlan) -> str:
     """Return where HAProxy listens, in its own words: with TLS, if there is a certificate."""
     address = f"[{plan.host}]:{plan.port}" if ":" in plan.host else f"{plan.host}:{plan.port}"
     if plan.front.certificate is None or plan.front.key is None:
@@ -235,8 +241,8 @@ def _response(status: int, reason: str, document: Mapping[str, object]) -> bytes
     return "\r\n".join([*head, f"Content-Length: {len(body)}", "", body]).encode("ascii")
 
 
-def _start(plan: ServerPlan, ports: Mapping[str, int], variables: Mapping[str, str]) -> psutil.Process:
-    """Run `ray start` in the foreground in its own session: all of the cluster's processes descend from it."""
+def _start(plan: ServerPlan, ports: Mapping[str, int], variables: Mapping[str, str]) -> int:
+    """Run `ray start` in the foreground in its own session; returns its pid. All of the cluster's processes descend from it."""
     scaling = plan.scaling
     each = [_cores(archive, scaling) for archive in plan.archives.values()]
     wanted = sum((scaling.most or a.workers) * _cores(a, scaling) for a in plan.archives.values())
@@ -266,30 +272,7 @@ def _start(plan: ServerPlan, ports: Mapping[str, int], variables: Mapping[str, s
             pass_fds=() if plan.lock is None else (plan.lock,),
         )
     _STARTED.append(started)
-    return psutil.Process(started.pid)
-
-
-def _remembered(plan: ServerPlan, process: psutil.Process, metrics_port: int, key: Optional[str]) -> Instance:
-    instance = Instance(
-        port=plan.port,
-        host=plan.host,
-        management_port=0,
-        metrics_port=metrics_port,
-        pid=process.pid,
-        started=process.create_time(),
-        ticks=instances.ticks_of(process.pid),
-        names=tuple(plan.workers),
-        workers=plan.workers,
-        folder=str(plan.folder),
-        key=key,
-        management_key=None,
-        engine=plan.engine,
-        certificate=None if plan.front.certificate is None else str(plan.front.certificate),
-        trusted=plan.trusted,
-        locked=plan.lock is not None,
-    )
-    instances.remember(instance)
-    return instance
+    return started.pid
 
 
 def _deploy(plan: ServerPlan, instance: Instance, address: str, variables: Mapping[str, str]) -> None:

@@ -14,9 +14,8 @@ import tempfile
 import threading
 import time
 from pathlib import Path
-from typing import Callable, Dict, List, NamedTuple, Optional, Sequence, Tuple
+from typing import Callable, Dict, List, NamedTuple, Optional, Sequence
 
-import psutil
 from traceserve_hosts import libraries
 from traceserve_runtime import mirror
 from traceserve_runtime.json_types import JsonObject
@@ -31,7 +30,7 @@ from traceserve.serving.engines import DEFAULT_PORT, RAY, TORCHSERVE
 from traceserve.serving.front import FrontendOptions
 from traceserve.serving.instances import Instance
 from traceserve.serving.log import last_words, load_failure
-from traceserve.serving.plan import Archive, Scaling, ServerPlan, planned
+from traceserve.serving.plan import Archive, Scaling, ServerPlan, planned, record_started
 
 _SLACK = 0.5  # seconds an answer may take after the frontend's own limit
 
@@ -119,11 +118,13 @@ def _launch_torchserve(plan: ServerPlan) -> Instance:
     needed_by_java = java.find_java()
     folder, front = plan.folder, plan.front
     private = management.is_private(folder)
-    ports, settings = configuration.configure_server(
+    (management_port, metrics_port), settings = configuration.configure_server(
         folder, plan.files, plan.changed, plan.host, plan.port, front, private
     )
     pid = launch(folder, settings, {**needed_by_java, **needed}, plan.lock)
-    instance = _remembered(plan, ports, pid, str(folder / management.SOCKET) if private else None)
+    socket_path = str(folder / management.SOCKET) if private else None
+    metrics_host = plan.host if front.metrics_port else "127.0.0.1"
+    instance = record_started(plan, pid, metrics_port, management_port, metrics_host, management_socket=socket_path)
     if configuration.demands_keys(plan.host, front):
         instance = _with_keys(instance, plan.timeout)
         instances.remember(instance)
@@ -153,37 +154,6 @@ SERVING_ENGINES: Dict[str, ServingEngine] = {
     TORCHSERVE: ServingEngine(_launch_torchserve, False, "tmp/.ts.sock.65535", False, True),
     RAY: ServingEngine(ray_cluster.launch_cluster, True, ray_cluster.LONGEST_SOCKET, True, False),
 }
-
-
-def _remembered(plan: ServerPlan, ports: Tuple[int, int], pid: int, management_socket: Optional[str]) -> Instance:
-    """Record the just launched TorchServe as running; raises ServerError if it has ended."""
-    try:
-        started = psutil.Process(pid).create_time()
-    except psutil.NoSuchProcess:
-        raise ServerError(f"TorchServe ended as soon as it was started{last_words(plan.folder)}") from None
-    management_port, metrics_port = ports
-    certificate = plan.front.certificate
-    instance = Instance(
-        plan.port,
-        plan.host,
-        management_port,
-        metrics_port,
-        pid,
-        started,
-        tuple(plan.workers),
-        plan.workers,
-        str(plan.folder),
-        None,
-        None,
-        certificate=None if certificate is None else str(certificate),
-        management_socket=management_socket,
-        trusted=plan.trusted,
-        ticks=instances.ticks_of(pid),
-        metrics_host=plan.host if plan.front.metrics_port else "127.0.0.1",
-        locked=plan.lock is not None,
-    )
-    instances.remember(instance)
-    return instance
 
 
 def _sweep() -> None:
@@ -269,7 +239,7 @@ def _with_keys(instance: Instance, timeout: float) -> Instance:
     """Wait for the keys that TorchServe writes into its working directory once it listens."""
     deadline = time.monotonic() + timeout
     while time.monotonic() < deadline:
-        _check_alive(instance, None)
+        _check_alive(instance)
         with contextlib.suppress(FileNotFoundError, ValueError, KeyError):
             found = keys.torchserve_keys(Path(instance.folder))
             return dataclasses.replace(instance, key=found["inference"], management_key=found["management"])
@@ -309,7 +279,7 @@ def _wait_for_answer(
         ends = min(deadline, time.monotonic() + patience)
         while not outcome and time.monotonic() < ends:
             thread.join(0.05)
-            _check_alive(instance, name)
+            _check_alive(instance)
         if outcome and outcome[0] is None:
             return
         if outcome and not isinstance(outcome[0], client.NotYet):
@@ -326,10 +296,12 @@ def _last_warning(log: Path) -> str:
     return f"; its log's last warning: {found[-1].rstrip()}" if found else ""
 
 
-def _check_alive(instance: Instance, name: Optional[str]) -> None:
-    """Raise the worker's own error if it could not load, or TorchServe's if it ended."""
-    reason = load_failure(instance.log)
-    if reason:
-        raise ServerError(f"the worker of {name or instance.names[0]} cannot load the archive: {reason}")
+def _check_alive(instance: Instance) -> None:
+    """Raise a worker's own error if it could not load, or the server's if it ended."""
+    failed = load_failure(instance.log)
+    if failed:
+        raise ServerError(
+            f"the worker of {failed.name or ' or '.join(instance.names)} cannot load the archive: {failed.reason}"
+        )
     if instance.process is None:
-        raise ServerError(f"TorchServe ended{last_words(Path(instance.folder))}")
+        raise ServerError(f"the server ended{last_words(Path(instance.folder))}")

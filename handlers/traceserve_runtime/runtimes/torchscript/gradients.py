@@ -17,6 +17,7 @@ from traceserve_runtime.runner import Arrays, Runner
 from traceserve_runtime.runtimes import graph, team
 from traceserve_runtime.runtimes.modes import differentiable, own_dtype
 from traceserve_runtime.runtimes.torchscript import devices, weights
+from traceserve_runtime.runtimes.torchscript.reader import TorchScriptRunner
 
 if TYPE_CHECKING:
     import torch
@@ -28,13 +29,14 @@ POSITIONS_FILE = "gradients.json"
 
 
 class GradientGraphs:
-    """The graphs, or calls, `embed` and `outputs` on a device; see explaining.targets.Differentiable."""
+    """The graphs, or calls, `embed` and `outputs` on a device, where a runner has the model itself; see
+    explaining.targets.Differentiable."""
 
-    def __init__(self, module: Any, manifest: Manifest, device: str) -> None:
+    def __init__(self, module: Any, manifest: Manifest, device: str, runner: TorchScriptRunner) -> None:
         self._module = module
         self._manifest = manifest
         self._device = device
-        self._team = team.of_torch() if device == "cpu" else None
+        self._team = team.of_torch(runner.most_threads) if device == "cpu" else None
 
     def embed(self, ids: np.ndarray) -> np.ndarray:
         """Look up the word embeddings."""
@@ -98,4 +100,5 @@ def read_gradients(manifest: Manifest, folder: Path, device: str, runner: Runner
     if device != "cpu":
         module = module.to(device)
         devices.rewrite(module, device)
-    return GradientGraphs(module, manifest, device)
+    assert isinstance(runner, TorchScriptRunner)
+    return GradientGraphs(module, manifest, device, runner)

@@ -102,6 +102,11 @@ class TorchScriptRunner:
         if self._device == "cpu" and self._manifest.hardware not in neuron.CHIPS and not self._own_threads:
             self._team = team.of_torch()
 
+    @property
+    def most_threads(self) -> Optional[int]:
+        """On how many cores it runs while nobody holds one; None if it does not share them, and so has torch's number."""
+        return self._team.most if self._team else None
+
     def warm(self) -> None:
         """Run each shape's graph once: the first run loads a compiled one into the chip."""
         shapes = self._manifest.shapes

@@ -52,7 +52,7 @@ class Along:
     def __init__(
         self, prompt: Sequence[int], settings: GenerationSettings, given: Sequence[int], step: float = 0.0
     ) -> None:
-        self._prompt = list(prompt)
+        self._prompt = np.array(prompt, dtype=np.int64)
         self._settings = settings
         self._given = list(given)
         self._step = step
@@ -188,7 +188,7 @@ def _original_text(reference: Reference, task: Generating, request: Request, row
 
 
 def _scored(original: Original, task: Generating, row: Row, tokens: np.ndarray, settings: GenerationSettings) -> Arrays:
-    given, prompt = tokens.tolist(), task.prompt(row)
+    given, prompt = tokens.tolist(), np.array(task.prompt(row), dtype=np.int64)
     with torch.no_grad():
         logits = FORCED[task.loop](original, row, given[:-1]).float().numpy()
     ids, scores, logarithms = [], [], []

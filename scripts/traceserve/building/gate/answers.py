@@ -18,14 +18,13 @@ from traceserve_runtime.texts.rows import Encoded, Row, Segments
 from traceserve.building.checkpoints import languages
 from traceserve.building.checkpoints.original import Original
 from traceserve.building.gate.along import OwnText, compare_along
-from traceserve.building.gate.findings import Findings
+from traceserve.building.gate.findings import VECTOR, Findings
 from traceserve.building.gate.outputs import unexplained_variance
 from traceserve.building.gate.reference import Reference, Wanted, run_original, tokens_of
 from traceserve.building.progress import Progress
 
 _AT_ONCE = 512  # the user's samples per batch, before checking whether enough have failed
 _MOST_VECTORS = 2048  # whose variance is compared
-VECTOR = "vector"  # the name, among those of outputs, of answers that are one vector
 
 
 def compare_answers(
@@ -187,7 +186,8 @@ def _answer_or_refusal(
 def expected_answer(task: Task, reference: Reference, sample: Request, encoded: Encoded) -> Json:
     """Return the original's answer: its outputs for each row, decoded by the task; raises TraceserveError."""
     outputs = [_expected(task, reference, row, sample) for row in encoded.rows]
-    return task.answer(sample, encoded.rows, outputs)
+    answer, _ = task.answer(sample, encoded.rows, outputs)
+    return answer
 
 
 def _expected(task: Task, reference: Reference, row: Row, sample: Request) -> Arrays:

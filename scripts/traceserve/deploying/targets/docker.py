@@ -124,7 +124,6 @@ def _devices(hardware: str, needed: resources.Resources) -> str:
 
 
 TARGET = DeployTarget(
-    "a Dockerfile and its context: slim, not root, a read-only root, a health check that asks a prediction",
     ("torchserve", "ray", "uvicorn"),
     plan,
     schemes=(),

@@ -73,7 +73,6 @@ def _service(name: str, archive: Described, url: str, engine: str) -> str:
 
 
 TARGET = DeployTarget(
-    "a ServingRuntime and its image, an InferenceService for each archive; KServe's V1 and V2 protocols",
     ("uvicorn",),
     plan,
 )

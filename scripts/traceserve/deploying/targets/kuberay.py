@@ -145,6 +145,4 @@ def _container(needed: Dict[str, Any], urls: Sequence[str], secret: str) -> Dict
     }
 
 
-TARGET = DeployTarget(
-    "a RayService and its image: replicas that scale by what waits, on nodes that scale", ("ray",), plan
-)
+TARGET = DeployTarget(("ray",), plan)

@@ -105,7 +105,6 @@ def plan(archives: Sequence[Described], wishes: Wishes) -> Plan:
 
 
 TARGET = DeployTarget(
-    "a Helm chart and its image: probes that ask a prediction, keys, autoscaling, network policy",
     ("torchserve", "ray"),
     plan,
 )

@@ -112,6 +112,4 @@ def _parameters(parameters: Sequence[Parameter]) -> object:
     return ParamSchema(found)
 
 
-TARGET = DeployTarget(
-    "a pyfunc model: `mlflow models serve`, registries, batch jobs; one archive", ("mlflow",), plan, ()
-)
+TARGET = DeployTarget(("mlflow",), plan, ())

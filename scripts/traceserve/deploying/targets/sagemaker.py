@@ -64,7 +64,6 @@ def _undated(info: tarfile.TarInfo) -> tarfile.TarInfo:
 
 
 TARGET = DeployTarget(
-    "model.tar.gz and an image: GET /ping, POST /invocations, as Amazon SageMaker asks; one archive",
     ("uvicorn",),
     plan,
     schemes=("s3",),

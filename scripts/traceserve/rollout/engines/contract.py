@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Dict, Protocol
 
 from traceserve_runtime.json_types import JsonObject
 
 from traceserve.serving.instances import Instance
-from traceserve.serving.management import Registered
 from traceserve.serving.plan import Archive
+
+
+@dataclass(frozen=True)
+class ServedVersion:
+    """A version of an archive that runs, or may run."""
+
+    version: str
+    folder: str  # below the server's store
+    workers: int  # its processes, as many as are wanted
 
 
 class RolloutEngine(Protocol):
@@ -17,16 +26,16 @@ class RolloutEngine(Protocol):
     def check_running_server(self, instance: Instance) -> None:
         """Refuse a server that takes no new versions."""
 
-    def check_update(self, archive: Archive, running: Registered, timeout: float) -> None:
+    def check_update(self, instance: Instance, archive: Archive, running: ServedVersion, timeout: float) -> None:
         """Refuse an archive or a time with which the engine could not carry the update through."""
 
     def begin_update(self, instance: Instance, name: str) -> None:
         """Note what the engine has to know of the time before the update."""
 
-    def versions_of(self, instance: Instance, name: str) -> Dict[str, Registered]:
+    def versions_of(self, instance: Instance, name: str) -> Dict[str, ServedVersion]:
         """Return the versions of an archive that run, or may run."""
 
-    def running_version(self, instance: Instance, name: str) -> Registered:
+    def running_version(self, instance: Instance, name: str) -> ServedVersion:
         """Return the version that answers where a request names none."""
 
     def start_beside(self, instance: Instance, archive: Archive, folder: str, timeout: float) -> int:

@@ -20,10 +20,10 @@ from traceserve_runtime.json_types import JsonObject
 
 from traceserve.errors import ServerError
 from traceserve.machine.private_files import write_private
+from traceserve.rollout.engines.contract import ServedVersion
 from traceserve.serving import client, ray_applications, ray_cluster, server
 from traceserve.serving.instances import Instance
-from traceserve.serving.management import Registered
-from traceserve.serving.metrics import metrics_of
+from traceserve.serving.metrics import naming_counts
 from traceserve.serving.plan import Archive
 
 _FILE = "versions.json"  # below run/: `_KnownVersions`, by name
@@ -53,14 +53,15 @@ def check_running_server(instance: Instance) -> None:
     """Refuse none: Ray is changed by its token, which the server's user alone has."""
 
 
-def check_update(archive: Archive, running: Registered, timeout: float) -> None:
+def check_update(instance: Instance, archive: Archive, running: ServedVersion, timeout: float) -> None:
     """Refuse none: the running archive is for the same hardware."""
 
 
 def begin_update(instance: Instance, name: str) -> None:
     """Note how many requests have named each version until now, and end what an update that was killed has left: there is
     no room for it beside another one."""
-    known, counted, running = _known(instance, name), _naming(instance, name), running_version(instance, name).version
+    known, counted = _known(instance, name), naming_counts(instance, name, _NAMING)
+    running = running_version(instance, name).version
     staying = {version: 0 for version in known.staying if version != running}
     left = [own for version, own in known.applications.items() if version not in staying]
     if left:
@@ -71,12 +72,12 @@ def begin_update(instance: Instance, name: str) -> None:
     _remember(instance, name, _KnownVersions(known.versions, before, staying, applications))
 
 
-def versions_of(instance: Instance, name: str) -> Dict[str, Registered]:
+def versions_of(instance: Instance, name: str) -> Dict[str, ServedVersion]:
     """Return the versions of an archive that run, or may run; raises ServerError."""
-    return {version: _registered(archive) for version, archive in _known(instance, name).versions.items()}
+    return {version: _served(archive) for version, archive in _known(instance, name).versions.items()}
 
 
-def running_version(instance: Instance, name: str) -> Registered:
+def running_version(instance: Instance, name: str) -> ServedVersion:
     """Return the version that answers where a request names none; raises ServerError.
 
     The server is asked: an update may have been killed while Ray went on.
@@ -87,7 +88,7 @@ def running_version(instance: Instance, name: str) -> Registered:
     said = [version for version in told.get("versions", []) if version in versions] if isinstance(told, dict) else []
     if status != 200 or not said:
         raise ServerError(f"{name} does not say its version ({status}: {client.error_words(told)})")
-    return _registered(versions[said[0]])
+    return _served(versions[said[0]])
 
 
 def start_beside(instance: Instance, archive: Archive, folder: str, timeout: float) -> int:
@@ -234,9 +235,8 @@ def _without(version: str, of_versions: Mapping[str, _Value]) -> Dict[str, _Valu
     return {other: value for other, value in of_versions.items() if other != version}
 
 
-def _registered(archive: _Archive) -> Registered:
-    workers = archive["replicas"]["least"]
-    return Registered(archive["version"], Path(archive["archive"]).name, workers, workers, 0, 0, False)
+def _served(archive: _Archive) -> ServedVersion:
+    return ServedVersion(archive["version"], Path(archive["archive"]).name, archive["replicas"]["least"])
 
 
 def _scales(archive: _Archive) -> bool:
@@ -276,19 +276,8 @@ def _remember(instance: Instance, name: str, known: _KnownVersions) -> None:
 
 
 def _named(instance: Instance, name: str, version: str, known: _KnownVersions) -> int:
-    """Return how many requests have named a version in their path since the update began."""
+    """Return how many requests have named a version in their path since the update began; raises ServerError if unknown."""
     if version not in known.named_before:
         return 0
     time.sleep(_COUNTED)
-    return max(0, _naming(instance, name).get(version, 0) - known.named_before[version])
-
-
-def _naming(instance: Instance, name: str) -> Dict[str, int]:
-    """Return how many requests have named each version, as far as the running replicas have counted."""
-    counted: Dict[str, int] = {}
-    with contextlib.suppress(OSError):
-        for metric, labels, value in metrics_of(instance.metrics_url, name):
-            if metric == _NAMING:
-                version = labels["model_version"]
-                counted[version] = counted.get(version, 0) + int(value)
-    return counted
+    return max(0, naming_counts(instance, name, _NAMING).get(version, 0) - known.named_before[version])

@@ -9,10 +9,10 @@ from traceserve_runtime.json_types import JsonObject
 
 from traceserve.errors import ServerError
 from traceserve.rollout import draining
+from traceserve.rollout.engines.contract import ServedVersion
 from traceserve.serving import management, server
 from traceserve.serving.instances import Instance
 from traceserve.serving.log import load_failure
-from traceserve.serving.management import Registered
 from traceserve.serving.plan import Archive
 
 _POLL = 0.05  # seconds
@@ -27,14 +27,15 @@ def check_running_server(instance: Instance) -> None:
         )
 
 
-def check_update(archive: Archive, running: Registered, timeout: float) -> None:
+def check_update(instance: Instance, archive: Archive, running: ServedVersion, timeout: float) -> None:
     """Raise ServerError for what TorchServe cannot serve, and if the running version cannot be drained in time: after the
     switch it would be too late."""
     server.check_for_torchserve(archive)
-    if running.continuous and running.response_timeout > timeout:
+    described = management.default(instance, archive.name)
+    if described.continuous and described.response_timeout > timeout:
         raise ServerError(
             f"{archive.name} {running.version} has continuous_batching, so it is known to have answered all only after its "
-            f"response_timeout of {running.response_timeout} s; --timeout should be at least that, not {timeout:.0f}"
+            f"response_timeout of {described.response_timeout} s; --timeout should be at least that, not {timeout:.0f}"
         )
 
 
@@ -42,14 +43,18 @@ def begin_update(instance: Instance, name: str) -> None:
     """Note nothing: TorchServe counts while a version is drained."""
 
 
-def versions_of(instance: Instance, name: str) -> Dict[str, Registered]:
+def versions_of(instance: Instance, name: str) -> Dict[str, ServedVersion]:
     """Return the versions of a model; raises ServerError."""
-    return management.registered(instance, name)
+    return {version: _served(found) for version, found in management.registered(instance, name).items()}
 
 
-def running_version(instance: Instance, name: str) -> Registered:
+def running_version(instance: Instance, name: str) -> ServedVersion:
     """Return the version that answers where a request names none; raises ServerError."""
-    return management.default(instance, name)
+    return _served(management.default(instance, name))
+
+
+def _served(found: management.Registered) -> ServedVersion:
+    return ServedVersion(found.version, found.folder, found.workers)
 
 
 def start_beside(instance: Instance, archive: Archive, folder: str, timeout: float) -> int:
@@ -58,9 +63,9 @@ def start_beside(instance: Instance, archive: Archive, folder: str, timeout: flo
     start_of_log = log.stat().st_size if log.is_file() else 0
     management.register_version(instance, archive.name, folder, archive.workers)
     while management.registered(instance, archive.name)[version].ready < archive.workers:
-        reason = load_failure(log, start_of_log)
-        if reason:
-            raise ServerError(f"the worker of {archive.name} {version} cannot load the archive: {reason}")
+        failed = load_failure(log, start_of_log, archive.name)  # another archive's worker may fail meanwhile
+        if failed:
+            raise ServerError(f"the worker of {archive.name} {version} cannot load the archive: {failed.reason}")
         if time.monotonic() - started > timeout:
             raise ServerError(f"the workers of {archive.name} {version} were not ready within {timeout:.0f} s")
         time.sleep(_POLL)
