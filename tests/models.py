@@ -88,6 +88,8 @@ FURTHER = {
     "camembert": Architecture("CamembertConfig", "roberta", {**SIZE, "type_vocab_size": 1}),
     "gpt-neox": Architecture("GPTNeoXConfig", "gpt", {**SIZE, "rotary_pct": 0.5}),
     "falcon": Architecture("FalconConfig", "gpt", {"max_position_embeddings": 160}),
+    "phi3": Architecture("Phi3Config", "gpt", {**SIZE, "num_key_value_heads": 2}),
+    "mbart": Architecture("MBartConfig", "roberta", SIZE_OF_BOTH),
     "mpt": Architecture("MptConfig", "gpt", {"d_model": 32, "n_layers": 2, "n_heads": 4, "max_seq_len": 160}),
 }
 # Families with their own way of writing; those with another kind of cache, or none, reread everything.

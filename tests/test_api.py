@@ -7,6 +7,7 @@ import json
 import os
 import random
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -19,6 +20,7 @@ import numpy as np
 import pytest
 import torch
 import traceserve
+from safetensors.torch import load_file, save_file
 from traceserve.archives.reports import report_file
 from traceserve.building.writers.tracing.wrapping import as_traced
 from traceserve.checking.explaining import explain_archive
@@ -59,8 +61,21 @@ def test_what_was_built(archive: traceserve.BuiltArchive) -> None:
     assert archive.manifest.receipt["answers"] >= 2
     assert archive.manifest.receipt["golden"]["own_samples"] == 2
     assert archive.report["name"] == "colours"
+    assert archive.note is None and archive.report["note"] is None
     for made in (archive.path, archive.path.parent.parent / "colours"):  # beside both, in place of an earlier build's
         assert json.loads(report_file(made).read_text()) == archive.report
+
+
+def test_the_notes_on_a_checkpoint(checkpoint: Make, tmp_path: Path) -> None:
+    """Weights that the model does not read are in the receipt too."""
+    source = shutil.copytree(checkpoint("bert"), tmp_path / "copy")
+    weights = load_file(source / "model.safetensors")
+    save_file({**weights, "crf.transitions": torch.zeros(2)}, source / "model.safetensors", {"format": "pt"})
+    made = traceserve.build(
+        source, store=tmp_path, output=tmp_path / "x", task="sequence_classification", max_length=24
+    )
+    told = made.manifest.receipt["unread_weights"]
+    assert "does not read: crf.transitions;" in told and told in (made.note or "") and made.report["note"] == made.note
 
 
 def test_it_answers_as_a_server(archive: traceserve.BuiltArchive) -> None:

@@ -309,6 +309,18 @@ def test_what_the_found_task_forbids_is_refused(checkpoints: Checkpoints) -> Non
     assert found(checkpoints("bert", "AutoModelForMaskedLM"), parameters={"top_k": 2})[0] == "fill_mask"
 
 
+@pytest.mark.parametrize("content", [{}, {"task": "sequence_classification"}])
+@pytest.mark.parametrize("keys, value", [({}, "bert"), ({"type": "roberta"}, "roberta")])
+def test_a_missing_model_type_is_named(
+    keys: Dict[str, str], value: str, content: Dict[str, str], checkpoints: Checkpoints, tmp_path: Path
+) -> None:
+    folder = copied(checkpoints("bert", "AutoModelForSequenceClassification"), tmp_path / "x", **keys)
+    facts = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    (folder / "config.json").write_text(json.dumps({key: facts[key] for key in facts if key != "model_type"}))
+    with pytest.raises(SourceError, match=f'its config.json has no model_type; add "model_type": "{value}", in a copy'):
+        found(folder, **content)
+
+
 def test_a_gguf_file_is_a_text_generators(tmp_path: Path) -> None:
     assert found(tmp_path, gguf_file="x.gguf") == ("text_generation", "from gguf_file: x.gguf")
 

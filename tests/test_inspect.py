@@ -292,6 +292,14 @@ def test_a_compiled_model_that_no_build_wrote(mar: Path, tmp_path: Path) -> None
             inspect_archive(archive)
 
 
+def test_weights_that_were_not_read_are_found(mar: Path, tmp_path: Path) -> None:
+    told = "weights of the checkpoint that Bert does not read: x"
+    archive = rewritten(
+        mar, tmp_path / "x.mar", lambda d: sealed({**d, "receipt": {**d["receipt"], "unread_weights": told}})
+    )
+    assert ("unread-weights", told) in [(found.code, found.message) for found in inspect_archive(archive).findings]
+
+
 def test_labels_of_one_name_are_found(mar: Path, tmp_path: Path) -> None:
     same = rewritten(mar, tmp_path / "x.mar", lambda d: sealed({**d, "labels": ["red", "green", "red"]}))
     assert codes(same) == ["same-labels"]

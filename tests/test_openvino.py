@@ -29,7 +29,7 @@ from traceserve.building.writers.lowering.int8 import KEPT_SHARES, ladder
 from traceserve.building.writers.lowering.sensitivity import linears
 from traceserve.building.writers.openvino import int8, writer
 from traceserve.building.writers.openvino.weights import save_models
-from traceserve.errors import ExportError
+from traceserve.errors import ExportError, UnwritableError
 from traceserve_runtime import processor
 from traceserve_runtime.engine import Engine
 from traceserve_runtime.errors import InvalidManifest, MissingPackage
@@ -343,6 +343,24 @@ def test_a_graph_that_does_not_name_its_layers_is_refused(original: Any) -> None
     [first, *_] = int8.to_calibrate(original, SENTENCES[1:4])
     with pytest.raises(ExportError, match="does not name its linear layers"):
         int8.quantize_statically(model, first)
+
+
+def test_what_the_reader_refuses_is_for_another_save_mode(
+    checkpoint: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def verify(*arguments: Any) -> Any:
+        raise InvalidManifest("model.xml cannot be loaded by openvino: no such operator")
+
+    monkeypatch.setattr(attempt, "verify", verify)
+    content = {"model_name": str(checkpoint("bert", **LABELS)), "max_length": 32, "save_mode": "openvino"}
+    with pytest.raises(UnwritableError, match="no such operator; try save_mode torchscript or "):
+        run_export(tmp_path / "x", {**content, "dtype": "float32"})
+
+
+def test_a_classifier_of_mbart_is_written(checkpoint: Callable[..., Path], tmp_path: Path) -> None:
+    """It looks for its first token by a squeeze without an axis."""
+    content = {"model_name": str(checkpoint("mbart", **LABELS)), "max_length": 32, "save_mode": "openvino"}
+    run_export(tmp_path / "x", {**content, "dtype": "float32"})
 
 
 @needs_native("int8")

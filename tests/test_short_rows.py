@@ -66,6 +66,13 @@ def test_a_model_that_always_fails_is_told_of_by_what_writes_it(checkpoint: Call
     assert shortest(fail, tokenizer, BERT_INPUTS, 64) == 1
 
 
+def test_a_model_that_counts_separators_is_refused(checkpoint: Callable[..., Path], tmp_path: Path) -> None:
+    source = checkpoint("longformer", "AutoModelForQuestionAnswering")
+    config = {"model_name": str(source), "task": "question_answering", "max_length": 24}
+    with pytest.raises(ExportError, match="LongformerForQuestionAnswering does not read every text .*three separator"):
+        run_export(tmp_path / "x", config)
+
+
 def expected_logits(source: Path, task: str, text: str) -> torch.Tensor:
     """Return the original's, padded to the minimum by transformers' own tokenizer, for the text's tokens."""
     tokenizer = transformers.AutoTokenizer.from_pretrained(source)

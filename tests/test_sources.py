@@ -96,6 +96,24 @@ def test_a_folder_that_is_no_checkpoint(files: Tuple[str, ...], missing: str, tm
         sources.fetch_checkpoint(config_of("mine"), tmp_path)
 
 
+def test_a_variants_file_of_weights(tmp_path: Path) -> None:
+    write(tmp_path / "mine", "config.json", "model.fp16.safetensors")
+    with pytest.raises(
+        SourceError, match="; if model.fp16.safetensors holds all of them, rename it to model.safetensors$"
+    ):
+        sources.fetch_checkpoint(config_of("mine"), tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["base.modules.router.Router", "models.StaticEmbedding"])
+def test_a_sentence_transformer_without_a_transformer(kind: str, tmp_path: Path) -> None:
+    folder = write(tmp_path / "mine", "model.safetensors")
+    (folder / "modules.json").write_text(json.dumps([{"path": "", "type": f"sentence_transformers.{kind}"}]))
+    with pytest.raises(
+        SourceError, match=f"has no config.json, .*: its modules.json begins with {kind.split('.')[-1]}, "
+    ):
+        sources.fetch_checkpoint(config_of("mine"), tmp_path)
+
+
 @pytest.mark.parametrize("weights", ["model.safetensors", "model-00001-of-00002.safetensors", "pytorch_model.bin"])
 def test_usual_weights(weights: str, tmp_path: Path) -> None:
     write(tmp_path / "mine", "config.json", weights)

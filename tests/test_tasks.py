@@ -267,6 +267,19 @@ def test_which_label_is_the_entailment(options: Dict[str, Any], exported: Export
         assert_equal(answer(engine, {"text": SHORT}, **parameters), pipeline(SHORT, **parameters))
 
 
+def test_two_entailments_are_refused(checkpoint: Callable[..., Path], tmp_path: Path) -> None:
+    """The pipeline reads label2id, and its answers have the names of id2label."""
+    labels = {**names("entailment", "neutral", "contradiction"), "label2id": {"contradiction": 0, "entailment": 2}}
+    config = {"model_name": str(checkpoint("bert", **labels)), "task": "zero_shot_classification"}
+    with pytest.raises(
+        Unsupported, match="the entailment is label 0 by id2label and label 2 by label2id; index_to_name"
+    ):
+        run_export(tmp_path / "x", config)
+    (tmp_path / "names.json").write_text(json.dumps({"0": "contradiction", "1": "neutral", "2": "entailment"}))
+    run_export(tmp_path / "y", {**config, "index_to_name": str(tmp_path / "names.json"), "max_length": 24})
+    assert Engine.load(tmp_path / "y").manifest.facts["entailment"] == 2
+
+
 def without_token(folder: Path, source: Path, name: str) -> Path:
     """Copy a checkpoint whose tokenizer does not name this special token."""
     shutil.copytree(source, folder)

@@ -38,11 +38,13 @@ Input = Union[str, Mapping[str, Any], Iterable[Union[str, Mapping[str, Any]]]]
 
 @dataclass(frozen=True)
 class BuiltArchive:
-    """A built archive: its path, what its worker knows of the model, and the build's report (as NAME.report.json)."""
+    """A built archive: its path, what its worker knows of the model, the build's report (as NAME.report.json), and its notes on
+    the checkpoint, a line each."""
 
     path: Path
     manifest: Manifest
     report: Dict[str, Any]
+    note: Optional[str] = None
 
 
 def build(
@@ -86,7 +88,7 @@ def build(
         written = build_targets(loaded, Path(output) if output else None, Path(store), version, force)
         assert written.archive is not None
         exported = export_and_pack(loaded, written, quiet, gate)
-    return BuiltArchive(written.archive, contents.read_manifest(written.archive), exported.report())
+    return BuiltArchive(written.archive, contents.read_manifest(written.archive), exported.report(), exported.note)
 
 
 def _configured(model_name: Optional[str], config: Union[str, Path, None], keys: Mapping[str, Any]) -> LoadedConfig:

@@ -105,6 +105,7 @@ class ModelFacts:
     languages: Mapping[str, int] = field(default_factory=dict)  # the tokenizer's: code -> token id
     source_id: Optional[int] = None  # the language token that every row contains
     embedding: Mapping[str, object] = field(default_factory=dict)  # facts of a sentence-transformers checkpoint
+    labels_named: bool = False  # whether the labels' names are the user's, by index_to_name
 
 
 T = TypeVar("T")

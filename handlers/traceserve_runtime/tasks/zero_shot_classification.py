@@ -46,11 +46,17 @@ class ZeroShotClassification(Task):
 
     @classmethod
     def facts(cls, model: ModelFacts) -> Dict[str, object]:
-        """Return the label for entailment; raises Unsupported without one."""
+        """Return the label for entailment; raises Unsupported without one, and if the checkpoint names two."""
         labels = model.labels
-        # The pipeline reads label2id, which may differ from id2label.
-        named = [*enumerate(labels), *((int(i), label) for label, i in (model.config.get("label2id") or {}).items())]
-        entailment = [index for index, label in named if label.lower().startswith("entail")]
+        here = [index for index, label in enumerate(labels) if label.lower().startswith("entail")]
+        numbers = (model.config.get("label2id") or {}).items()  # read by the pipeline, and may differ from id2label
+        there = [int(index) for label, index in numbers if label.lower().startswith("entail")]
+        if here and there and here[0] != there[0] and not model.labels_named:
+            raise Unsupported(
+                f"in config.json the entailment is label {here[0]} by id2label and label {there[0]} by label2id; "
+                "index_to_name can say which label is which"
+            )
+        entailment = here + there
         if not entailment or len(labels) < 2:
             raise Unsupported(
                 f"zero_shot_classification needs a model of entailment, with a label called entailment; this one has "

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Iterable, Iterator, List, Mapping, NamedTuple, Optional, Sequence, Tuple, Union
 
 from traceserve_runtime.engine import load_task
+from traceserve_runtime.errors import InvalidManifest
 from traceserve_runtime.generation.steps import IN_PARTS
 from traceserve_runtime.manifest import Manifest, Shapes, Source
 from traceserve_runtime.tasks import TASKS
@@ -32,7 +33,7 @@ from traceserve.building.speeds import measure_speeds
 from traceserve.building.writers import WRITERS
 from traceserve.building.writers.neuron.compilers import CompileError
 from traceserve.building.writers.shapes import without_padding
-from traceserve.errors import ExportError, UnaskableError
+from traceserve.errors import ExportError, UnaskableError, UnwritableError
 from traceserve.machine import neuron_cores, space
 from traceserve.option_names import switch
 
@@ -211,7 +212,11 @@ class Attempt:
         return plainer, again
 
     def _verify(self, folder: Path, only_usual: bool = False) -> Findings:
-        return verify(folder, self.reference, self.own_samples, self.progress, only_usual, self.allow_drift)
+        """Return the gate's findings; raises UnwritableError if the worker's reader cannot read what was written."""
+        try:
+            return verify(folder, self.reference, self.own_samples, self.progress, only_usual, self.allow_drift)
+        except InvalidManifest as error:
+            raise UnwritableError(error.message + formats.advice(self.config)) from error
 
     def _write(self, lowered: Original, shapes: Shapes, folder: Path, rehearsal: bool = False) -> Manifest:
         return artifact.write_artifact(

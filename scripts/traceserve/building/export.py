@@ -23,6 +23,7 @@ from traceserve.building.checkpoints import licenses, loading, sources
 from traceserve.building.checkpoints.checkpoint import Checkpoint
 from traceserve.building.checkpoints.original import Original
 from traceserve.building.checkpoints.seeding import seeded
+from traceserve.building.checkpoints.unread_weights import UNREAD_WEIGHTS
 from traceserve.building.config import choosing, formats
 from traceserve.building.config.dtypes import AUTO
 from traceserve.building.config.hardware import FIXED_SHAPES
@@ -120,6 +121,7 @@ def _export(
         "candidates": [candidate.receipt() for candidate in tried],
         "license": licenses.license_of(checkpoint),
         **_products(original, config.task),
+        **({UNREAD_WEIGHTS: original.weights_note} if original.weights_note else {}),
         **({"save_mode_because": because} if because else {}),
     }
     progress("writing the golden set", 0, 0)

@@ -86,5 +86,6 @@ class Exported:
                 for candidate in self.candidates
             ],
             "compared_with": self.compared.report() if self.compared else None,
+            "note": self.note,
             **({"save_mode_because": self.save_mode_because} if self.save_mode_because else {}),
         }

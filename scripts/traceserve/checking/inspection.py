@@ -29,6 +29,7 @@ from traceserve.archives.listing import (
 )
 from traceserve.archives.model_config import SERVING_FILE, Serving
 from traceserve.building.checkpoints.labels import same_labels
+from traceserve.building.checkpoints.unread_weights import UNREAD_WEIGHTS
 from traceserve.building.config.save_modes import SAVE_MODES
 from traceserve.checking.free_form import check_free_form
 from traceserve.checking.packages_here import PackageHere, packages_of
@@ -232,6 +233,9 @@ def _of_the_source(manifest: Manifest) -> Iterator[InspectionFinding]:
         yield InspectionFinding(
             WARNING, "remote-code-inside", f"code of the checkpoint runs in its workers: {', '.join(foreign[:5])}"
         )
+    unread = manifest.receipt.get(UNREAD_WEIGHTS)
+    if unread:
+        yield InspectionFinding(WARNING, "unread-weights", str(unread))
     if not manifest.receipt.get("license"):
         yield InspectionFinding(
             NOTE, "no-license", "the build saw no licence: no model card that names one, and no LICENSE file"

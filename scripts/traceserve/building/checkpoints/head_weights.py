@@ -39,6 +39,14 @@ if TYPE_CHECKING:
 
 Shape = Tuple[int, ...]
 
+
+class Stored(NamedTuple):
+    """A weight in a file's header."""
+
+    shape: Shape
+    dtype: str  # safetensors' name of it, such as F8_E4M3, or torch's, such as torch.int8
+
+
 # Weights of pretraining heads beside a task's own, which does not need them.
 _BESIDE = ("cls.seq_relationship.", "sop_classifier.", "multiple_choice_head.")
 _BUFFERS = ("position_ids", "token_type_ids", "inv_freq", ".attn.bias", "masked_bias", "final_logits_bias")
@@ -105,7 +113,7 @@ def _compare(auto_model: str, model: PreTrainedModel, stored: Mapping[str, Shape
     """`parts` are the first components of the base model's weight names, which may have a prefix."""
     prefix = f"{model.base_model_prefix}."
     own = _own_weights(model, prefix)
-    found = {_plain(name, prefix): shape for name, shape in stored.items()}
+    found = {name_in_base(name, prefix): shape for name, shape in stored.items()}
     known = {name for names in own for name in names}
     outside = [name for name in found if _part(name) not in parts and not _is_harmless(name)]
     extra = [name for name in outside if name not in known]
@@ -120,7 +128,7 @@ def _own_weights(model: PreTrainedModel, prefix: str) -> List[Dict[str, Shape]]:
     # torch 1.13 has no named_parameters(remove_duplicate=False).
     for path, module in model.named_modules(remove_duplicate=False):
         for name, parameter in module.named_parameters(recurse=False):
-            own_name = _plain(f"{path}.{name}".lstrip("."), prefix)
+            own_name = name_in_base(f"{path}.{name}".lstrip("."), prefix)
             tied.setdefault(id(parameter), {})[own_name] = tuple(parameter.shape)
     return list(tied.values())
 
@@ -160,7 +168,7 @@ def changing_answers(unread: Iterable[str], model: PreTrainedModel, with_head: b
     """
     prefix = f"{model.base_model_prefix}."
     parts = {name for name, _ in model.named_children()}
-    names = {name: _plain(name, prefix) for name in unread}
+    names = {name: name_in_base(name, prefix) for name in unread}
     return sorted(
         name
         for name, plain in names.items()
@@ -177,7 +185,7 @@ def _is_fit(auto_model: str, facts: Mapping[str, object]) -> bool:
     return auto_model != QUESTION or len(label_names(facts)) == 2
 
 
-def _plain(name: str, prefix: str) -> str:
+def name_in_base(name: str, prefix: str) -> str:
     """Return a weight's name without the base model's prefix, with a norm's names since 2019."""
     name = name[len(prefix) :] if name.startswith(prefix) else name
     for old, new in ((".gamma", ".weight"), (".beta", ".bias")):
@@ -251,19 +259,24 @@ def _without_memory() -> Iterator[None]:
 
 def weight_shapes(folder: Path) -> Dict[str, Shape]:
     """Return each weight's shape by name, from the files' headers; empty if these are unreadable."""
+    return {name: weight.shape for name, weight in stored_weights(folder).items()}
+
+
+def stored_weights(folder: Path) -> Dict[str, Stored]:
+    """Return each weight's shape and dtype by name, from the files' headers; empty if these are unreadable."""
     import torch
     from safetensors import SafetensorError, safe_open
 
-    found: Dict[str, Shape] = {}
+    found: Dict[str, Stored] = {}
     files, pickles = weight_files.files_of(folder), weight_files.are_pickles(folder)
     try:
         for file in () if pickles else files:
             with safe_open(file, "pt") as reader:
-                names = reader.keys()  # not a dict
-                found.update({name: tuple(reader.get_slice(name).get_shape()) for name in names})
+                slices = {name: reader.get_slice(name) for name in reader.keys()}  # noqa: SIM118 (not a dict)
+                found.update({name: Stored(tuple(one.get_shape()), one.get_dtype()) for name, one in slices.items()})
         for file in files if pickles else ():
             weights = torch.load(file, map_location="meta", weights_only=True)
-            found.update({name: tuple(weight.shape) for name, weight in weights.items()})
+            found.update({name: Stored(tuple(one.shape), str(one.dtype)) for name, one in weights.items()})
     except (SafetensorError, OSError, ValueError, RuntimeError, AttributeError, pickle.UnpicklingError):
         return {}  # the loader reports what is wrong
     return found

@@ -33,13 +33,15 @@ def max_length(
     if wanted is None:
         task = TASKS[config.task]
         own = _sentence_length(task, checkpoint)
-        limits = (tokenizer.model_max_length, positions, _whole_attention(model), own or task.longest_default)
+        most = _whole_attention(model), _same_rotations(model, task)
+        limits = (tokenizer.model_max_length, positions, *most, own or task.longest_default)
         return int(min(limit for limit in limits if limit is not None))
     if positions is not None and wanted > positions:
         raise ConfigError(
             f"max_length is {wanted}, but {config.model_name} reads at most {positions} tokens: it has no more positions"
         )
     _check_attention(config.model_name, model, wanted)
+    _check_rotations(config, model, wanted)
     if positions is None or wanted > tokenizer.model_max_length:
         _check_reads(config.model_name, model, wanted, tokenizer.model_max_length)
     return int(wanted)
@@ -71,6 +73,28 @@ def _check_attention(name: str, model: PreTrainedModel, wanted: int) -> None:
             f"max_length is {wanted}, but {name} reads rows of more than {limit} tokens with block-sparse attention, and shorter "
             f"ones with attention to all tokens, which no graph can hold both; set max_length to {limit}, or, for attention to "
             f'all tokens at any length, "attention_type": "original_full" in a copy of its config.json'
+        )
+
+
+def _same_rotations(model: PreTrainedModel, task: Type[Task]) -> Optional[int]:
+    """Return the longest text that a model with LongRoPE writes by one set of factors; None for all other models.
+
+    Beyond it others rotate all positions, so those before it have other keys than a cache holds (Phi-3, Phi-4-mini).
+    """
+    settings = getattr(model.config, "rope_parameters", None) or getattr(model.config, "rope_scaling", None)
+    if not task.loop or not isinstance(settings, dict) or settings.get("rope_type", settings.get("type")) != "longrope":
+        return None
+    limit = settings.get("original_max_position_embeddings")
+    limit = limit or getattr(model.config, "original_max_position_embeddings", None)
+    return limit if isinstance(limit, int) else None
+
+
+def _check_rotations(config: SetupConfig, model: PreTrainedModel, wanted: int) -> None:
+    limit = _same_rotations(model, TASKS[config.task])
+    if limit is not None and wanted > limit:
+        raise ConfigError(
+            f"max_length is {wanted}, but {config.model_name} rotates all positions of a text otherwise from {limit + 1} tokens "
+            f"on (longrope), while keys of earlier ones are kept as they are; set max_length to {limit}"
         )
 
 

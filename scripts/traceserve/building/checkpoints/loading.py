@@ -72,6 +72,7 @@ def load_original(config: SetupConfig, checkpoint: Checkpoint, config_folder: Pa
     embedding = sentence_transformers.read_modules(checkpoint) if task.reads_vectors else Embedding()
     settings = generation.settle_generation(model, task, config.parameters)
     facts = _model_facts(model, tokenizer, checkpoint, labels, settings, embedding)
+    facts = replace(facts, labels_named=config.index_to_name is not None)
     of_task = task.facts(facts)
     return Original(
         model=model,

@@ -96,6 +96,13 @@ def folder_of(root: Path, modules: object) -> Path:
     return root
 
 
+def other_beginning(modules: object) -> str:
+    """Name a first module that is no Transformer, as a Router or a StaticEmbedding; empty without."""
+    first = modules[0] if isinstance(modules, list) and modules else None
+    kind = str(first.get("type")).rsplit(".", 1)[-1] if isinstance(first, dict) else "Transformer"
+    return "" if kind == "Transformer" else f": its {MODULES} begins with {kind}, which is not read here"
+
+
 def _inside(root: Path, path: str) -> Path:
     """Return a module's folder; raises SourceError if it is outside the checkpoint."""
     if Path(path).is_absolute() or ".." in Path(path).parts:

@@ -19,7 +19,8 @@ MOST = 64  # a model that fails at this length has another problem
 def shortest(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, inputs: Sequence[str], max_length: int) -> int:
     """Return the fewest tokens from which on the model runs; 1 if it runs at any length, or at none.
 
-    Usually this is one run, of an empty text. Raises ExportError if `max_length` is below.
+    Usually this is one run, of an empty text. Raises ExportError if `max_length` is below, or the model accepts certain rows
+    alone: a Longformer that answers questions needs three separators, and any text may have more, or a window fewer.
     """
     least = max(1, tokenizer.num_special_tokens_to_add())
     if _failure(model, tokenizer, inputs, least) is None:
@@ -27,6 +28,11 @@ def shortest(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, inputs:
     failures = ((length, _failure(model, tokenizer, inputs, length)) for length in range(least, MOST + 1))
     failed = {length: failure for length, failure in failures if failure is not None}
     longest = max(failed)
+    if isinstance(failed[longest], AssertionError):
+        raise ExportError(
+            f"transformers' own {type(model).__name__} does not read every text ({first_line(failed[longest])}); name a "
+            "checkpoint of another type"
+        )
     if longest == MOST:
         return 1
     if longest >= max_length:
@@ -48,6 +54,6 @@ def _failure(
     try:
         with torch.no_grad():
             model(**{name: torch.tensor([values[name]]) for name in inputs})
-    except (RuntimeError, ValueError, IndexError) as error:
+    except (AssertionError, RuntimeError, ValueError, IndexError) as error:
         return error
     return None

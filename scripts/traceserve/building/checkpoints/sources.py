@@ -185,12 +185,12 @@ def _check_whole(folder: Path, config: SetupConfig, kind: str) -> None:
     if not (folder / "config.json").is_file():
         raise SourceError(
             f"{config.model_name}: {folder} has no config.json, so it is no checkpoint of transformers"
-            + (_gguf_files(folder) or hint)
+            + (sentence_transformers.other_beginning(read_json(folder / "modules.json")) or _gguf_files(folder) or hint)
         )
     if not weight_files.has_weights(folder):
         raise SourceError(
             f"{config.model_name}: {folder} has no weights (model.safetensors or pytorch_model.bin, or an index of several files)"
-            + (_gguf_files(folder) or hint)
+            + (_gguf_files(folder) or _other_names(folder) or hint)
             + files.pickled_models(folder)
         )
     files.check_json(folder)
@@ -198,6 +198,12 @@ def _check_whole(folder: Path, config: SetupConfig, kind: str) -> None:
     again = f"`hf download {config.model_name} --force-download` downloads it again" if kind == "hub" else _AGAIN
     weight_files.check_weights(folder, config.model_name, again)
     files.check_pickles(folder, config.model_name)
+
+
+def _other_names(folder: Path) -> str:
+    """Say how a file of weights with another name is read; empty without."""
+    names = sorted(path.name for path in folder.glob("*.safetensors"))
+    return f"; if {some(names)} holds all of them, rename it to {weight_files.SAFETENSORS}" if names else ""
 
 
 def _gguf_files(folder: Path) -> str:

@@ -9,7 +9,13 @@ from typing import Mapping, NamedTuple, Optional, Sequence, Tuple
 from traceserve_runtime.tasks import TASKS
 
 from traceserve.building.checkpoints import heads
-from traceserve.building.checkpoints.head_weights import by_weights, check_labels, checked_head
+from traceserve.building.checkpoints.head_weights import (
+    by_weights,
+    check_labels,
+    checked_head,
+    configuration_fault,
+    weight_shapes,
+)
 from traceserve.building.checkpoints.json_files import read_json
 from traceserve.building.checkpoints.model_card import front_matter
 from traceserve.building.config import libraries
@@ -24,6 +30,8 @@ _SENTENCE_TRANSFORMERS = {"SentenceTransformer": "feature_extraction", "CrossEnc
 _CROSS_ENCODER_KEYS = ("sentence_transformers", "sbert_ce_default_activation_function")
 # The labels of natural language inference, in any order; zero_shot_classification needs such a head.
 _INFERENCE = re.compile(r"^(not[_ -])?(entail|contradict|neutral)", re.IGNORECASE)
+# Types of models that begin their weights' names, and no other type's.
+_TYPES = frozenset(("bert", "roberta", "distilbert", "albert", "electra", "gpt2"))
 # Secondary auto classes of an architecture with several: BART is trained to write, and happens to fill masks.
 _STANDS_BACK = {heads.BOTH: heads.MASKED}
 
@@ -47,6 +55,7 @@ def resolve(config: SetupConfig, folder: Path) -> Resolved:
 
     A configured task is checked against the checkpoint's head, since another task's weights may have the same names.
     """
+    _check_type(config, folder)
     if config.task != AUTO_TASK:
         _check(config, folder, with_weights=True)
         _check_labels(config, folder)
@@ -58,6 +67,23 @@ def resolve(config: SetupConfig, folder: Path) -> Resolved:
     check_together(resolved)
     _check_labels(resolved, folder)
     return Resolved(resolved, found.evidence)
+
+
+def _check_type(config: SetupConfig, folder: Path) -> None:
+    """Raise SourceError for a config.json without model_type that transformers cannot read, with the value to add."""
+    facts = None if config.gguf_file else read_json(folder / "config.json")
+    if not isinstance(facts, dict) or facts.get("model_type") or not configuration_fault(config, folder):
+        return
+    own = facts.get("type")
+    kind = (
+        own
+        if isinstance(own, str)
+        else next(iter({name.split(".")[0] for name in weight_shapes(folder)} & _TYPES), None)
+    )
+    such = f'"model_type": "{kind}"' if kind else 'it, such as "model_type": "bert"'
+    raise SourceError(
+        f"{config.model_name}: its config.json has no model_type; add {such}, in a copy of the checkpoint"
+    )
 
 
 def _check_labels(config: SetupConfig, folder: Path) -> None:

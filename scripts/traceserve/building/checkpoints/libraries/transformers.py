@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Callable, Dict, List, Mapping, Optional, 
 from traceserve_runtime.tasks import TASKS
 from traceserve_runtime.versions import release_of
 
-from traceserve.building.checkpoints import adapter_weights, head_weights, heads, weight_files
+from traceserve.building.checkpoints import adapter_weights, head_weights, unread_weights, weight_files
 from traceserve.building.checkpoints.checkpoint import Checkpoint
 from traceserve.building.checkpoints.gguf import located
 from traceserve.building.checkpoints.seeding import seeded
@@ -60,14 +60,18 @@ def load(config: SetupConfig, checkpoint: Checkpoint) -> Tuple[PreTrainedModel, 
     wrapped = _wrapper_note(report)
     if wrapped:
         raise SourceError(f"{config.model_name}: {wrapped}")
+    if not weights.gguf_file:  # its blocks are unpacked
+        unread_weights.check_quantized(config, weights.folder, report, model)
     model, missing = adapter_weights.merge_adapter(config.model_name, checkpoint, model, _untrained(report, model))
     if missing and not config.allow_untrained_head:
         raise SourceError(
             f"{config.model_name} holds no trained weights for the task {config.task} ({some(missing)}), so its answers "
             'would be random; name a fine-tuned checkpoint, or set "allow_untrained_head": true for a trial'
         )
+    if not weights.gguf_file:
+        unread_weights.check_layers(config, weights.folder, report, model)
     whole: PreTrainedModel = model.float().eval()  # modules of remote code may have a dtype of their own
-    return whole, _note(report, model, config) if checkpoint.adapter is None else None
+    return whole, unread_weights.note_on_unread(config, report, model) if checkpoint.adapter is None else None
 
 
 def _refusal(error: Exception, config: SetupConfig, checkpoint: Checkpoint, auto_model: str, read: Read) -> str:
@@ -76,10 +80,8 @@ def _refusal(error: Exception, config: SetupConfig, checkpoint: Checkpoint, auto
     if "mismatch" in str(error):
         other = _other_sizes(read)
         if other:
-            return (
-                f"{name}: its config.json does not fit its weights, which have other sizes: {some(other)}; take the config.json "
-                "that was saved with these weights"
-            )
+            advice = _old_key(checkpoint) or "take the config.json that was saved with these weights"
+            return f"{name}: its config.json does not fit its weights, which have other sizes: {some(other)}; {advice}"
     why = first_line(error)
     if checkpoint.gguf_file:
         return f"{name} cannot be loaded as {auto_model}: {why}"
@@ -89,6 +91,16 @@ def _refusal(error: Exception, config: SetupConfig, checkpoint: Checkpoint, auto
     if head_weights.configuration_fault(config, checkpoint.folder, auto_model) == why:  # without weights too
         return f"{name} cannot be loaded as {auto_model}, which its config.json does not make: {why}"
     return f"{name} cannot be loaded as {auto_model}: {why}"
+
+
+def _old_key(checkpoint: Checkpoint) -> str:
+    """Return what to do about a key of config.json that transformers no longer reads, and the sizes depend on; empty without."""
+    facts = checkpoint.read_object("config.json") or {}
+    if facts.get("pruned_heads"):
+        return "it has pruned_heads, which transformers 5 does not read: build with transformers 4.57"
+    if "_num_labels" in facts and not facts.keys() & {"num_labels", "id2label"}:
+        return f'it has _num_labels, which only old versions read: add "num_labels": {facts["_num_labels"]} to a copy of it'
+    return ""
 
 
 def _other_sizes(read: Read) -> List[str]:
@@ -107,18 +119,6 @@ def _sizes(key: object) -> str:
     assert isinstance(key, (tuple, list))
     name, *sizes = key
     return f"{name} (stored {', made '.join(str(list(size)) for size in sizes)})" if len(sizes) == 2 else str(name)
-
-
-def _note(report: Mapping[str, Any], model: PreTrainedModel, config: SetupConfig) -> Optional[str]:
-    """Name weights that transformers leaves out without an error, such as layers beyond num_hidden_layers."""
-    with_head = TASKS[config.task].auto_model != heads.BASE
-    unread = head_weights.changing_answers(report.get("unexpected_keys", ()), model, with_head)
-    if not unread:
-        return None
-    return (
-        f"weights of the checkpoint that {type(model).__name__} does not read: {some(unread)}; if they were trained, answers "
-        "are not those of the training's model"
-    )
 
 
 def _weights(checkpoint: Checkpoint, version: str) -> Dict[str, object]:

@@ -25,7 +25,7 @@ def convert_traced(
 ) -> Any:
     """Trace a module of the original's model, and convert the trace; raises UnwritableError with the reason."""
     kind = type(original.model).__name__
-    with tracing_of(original), _nothing_concatenated():
+    with tracing_of(original), _nothing_concatenated(), _last_axis_squeezed():
         traced = trace(module.eval(), example)
     failures = openvino.frontend
     try:
@@ -54,6 +54,19 @@ def _nothing_concatenated() -> Iterator[None]:
         return some[0] if len(some) == 1 else own(some or list(tensors), *more, **named)
 
     with replaced_here(torch, cat=cat):
+        yield
+
+
+@contextlib.contextmanager
+def _last_axis_squeezed() -> Iterator[None]:
+    """Give a matrix's `squeeze()` its last axis, as mBART means it for a column of tokens: without one the result has no known
+    number of dimensions, which OpenVINO's CPU refuses."""
+    own = torch.Tensor.squeeze
+
+    def squeeze(tensor: torch.Tensor, *axes: Any, **named: Any) -> torch.Tensor:
+        return own(tensor, -1) if tensor.ndim == 2 and not axes and not named else own(tensor, *axes, **named)
+
+    with replaced_here(torch.Tensor, squeeze=squeeze):
         yield
 
 
