@@ -27,9 +27,10 @@ from traceserve.archives import staging
 from traceserve.errors import ServerError
 from traceserve.serving import configuration, instances, killed_starts, server, server_lock, stopping
 from traceserve.serving.engines import RAY, TORCHSERVE
+from traceserve.serving.front import FrontendOptions
 from traceserve.serving.instances import Instance
 from traceserve.serving.log import end_of_last_load, last_words, load_failure
-from traceserve.serving.plan import Scaling
+from traceserve.serving.plan import Scaling, ServerPlan, record_started
 
 LOG = "2026-11-26 ERROR java.lang.OutOfMemoryError: Java heap space\n2026-11-26 INFO one more line\n"
 
@@ -545,6 +546,21 @@ def test_a_start_that_was_killed_is_swept_by_the_next(processes: Any) -> None:
         assert killed_starts.end_killed_starts() == [18000]
     assert not left.exists() and starting.exists()
     assert running.process is not None and Path(running.folder, "store", "weights").is_file()
+
+
+def test_a_server_that_another_home_has_recorded_is_left_alone(
+    processes: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Although its start was killed: the folder for temporary files is that of every home."""
+    folder = Path(tempfile.mkdtemp(prefix="traceserve-18000-"))
+    (folder / staging.LOCK_FILE).touch()
+    processes.append(subprocess.Popen(["sleep", "600"]))
+    started = ServerPlan({}, "127.0.0.1", 18000, FrontendOptions(), 60, print, TORCHSERVE, folder)
+    record_started(started, processes[-1].pid, metrics_port=0)
+    assert [instance.port for instance in instances.running()] == [18000]
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "another"))
+    assert instances.running() == [] and killed_starts.end_killed_starts() == []
+    assert folder.exists() and processes[-1].poll() is None
 
 
 def test_a_killed_starts_server_is_ended_before_its_port_is_tried(

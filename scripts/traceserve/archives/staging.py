@@ -117,10 +117,15 @@ def held(folder: Path) -> Iterator[Path]:
     finally:
         _own.discard(folder.resolve())
         if os.getpid() == maker:  # not a forked child
-            with contextlib.suppress(OSError):
-                (folder / LOCK_FILE).unlink()
+            exempt(folder)
         if lock is not None:
             os.close(lock)
+
+
+def exempt(folder: Path) -> None:
+    """Let `abandoned` skip one's own folder from now on, even if this process is killed: it is found otherwise."""
+    with contextlib.suppress(OSError):
+        (folder / LOCK_FILE).unlink()
 
 
 def abandoned(parent: Path, pattern: Pattern[str], old: float = math.inf) -> Iterator[Path]:

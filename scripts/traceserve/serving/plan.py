@@ -12,6 +12,7 @@ import psutil
 from traceserve_runtime import processor
 from traceserve_runtime.manifest import Manifest
 
+from traceserve.archives import staging
 from traceserve.archives.contents import read_manifest, read_serving
 from traceserve.archives.model_config import Serving
 from traceserve.archives.names import check_name
@@ -122,6 +123,7 @@ def record_started(
         locked=plan.lock is not None,
     )
     instances.remember(instance)
+    staging.exempt(plan.folder)  # another user's home, or a container's, has no record of it
     return instance
 
 

@@ -14,10 +14,8 @@ from typing import List, Optional
 from traceserve.building.checkpoints.json_files import read_object
 from traceserve.errors import SourceError, first_line, some, unread_reason
 
-SAFETENSORS, PICKLE = (
-    "model.safetensors",
-    "pytorch_model.bin",
-)  # a whole model's; several files have an index of this name
+# A whole model's; several files have an index of this name.
+SAFETENSORS, PICKLE = "model.safetensors", "pytorch_model.bin"
 ADAPTERS = ("adapter_model.safetensors", "adapter_model.bin")
 # The names that an index may give them.
 _SHARDS = {SAFETENSORS: "*.safetensors", PICKLE: "pytorch_model*.bin"}
