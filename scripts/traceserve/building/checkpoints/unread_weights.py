@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Collection, Dict, Iterator, List, Mapping
 from traceserve_runtime.tasks import TASKS
 
 from traceserve.building.checkpoints import head_weights, heads
+from traceserve.building.checkpoints.checkpoint import Checkpoint
 from traceserve.building.checkpoints.head_weights import Stored
 from traceserve.building.config.setup_config import SetupConfig
 from traceserve.errors import SourceError, some
@@ -41,14 +42,30 @@ def check_quantized(config: SetupConfig, folder: Path, report: Mapping[str, Any]
     that it does not know."""
     if getattr(model, "hf_quantizer", None) is not None:  # which read them
         return
-    method = _method(model)
+    method = _method(getattr(model.config, "quantization_config", None))
     codes = [] if method else list(_codes(folder, report.get("unexpected_keys", ()), model))
     if method or codes:
-        how = f"by {method}, see quantization_config in its config.json," if method else f"({some(codes)})"
-        raise SourceError(
-            f"{config.model_name}: its weights are quantized {how} and transformers would read their codes as numbers; name a "
-            "checkpoint whose weights are float32, bfloat16 or float16"
-        )
+        raise SourceError(f"{config.model_name}: {_quantized(method, codes)}")
+
+
+def unloadable_codes(checkpoint: Checkpoint) -> Optional[str]:
+    """Return that a checkpoint's weights are quantized if they are stored as whole numbers, on which transformers 4 fails; else
+    None."""
+    codes = [
+        name
+        for name, weight in head_weights.stored_weights(checkpoint.folder).items()
+        if name.endswith(".weight") and weight.dtype.startswith(_INTEGERS)
+    ]
+    facts = checkpoint.read_object("config.json") or {}
+    return _quantized(_method(facts.get("quantization_config")), codes) if codes else None
+
+
+def _quantized(method: str, codes: Sequence[str]) -> str:
+    how = f"by {method}, see quantization_config in its config.json," if method else f"({some(codes)})"
+    return (
+        f"its weights are quantized {how} and transformers would read their codes as numbers; name a checkpoint whose weights "
+        "are float32, bfloat16 or float16"
+    )
 
 
 def check_layers(config: SetupConfig, folder: Path, report: Mapping[str, Any], model: PreTrainedModel) -> None:
@@ -68,9 +85,8 @@ def _unread(config: SetupConfig, report: Mapping[str, Any], model: PreTrainedMod
     return head_weights.changing_answers(report.get("unexpected_keys", ()), model, with_head)
 
 
-def _method(model: PreTrainedModel) -> str:
-    """Return the name of the quantization in the model's configuration; empty without one."""
-    content = getattr(model.config, "quantization_config", None)
+def _method(content: object) -> str:
+    """Return the name of the quantization in a model's configuration of it; empty without one."""
     method = content.get("quant_method") if isinstance(content, dict) else getattr(content, "quant_method", None)
     return str(method or "")
 

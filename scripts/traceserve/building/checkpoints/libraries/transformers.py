@@ -85,6 +85,9 @@ def _refusal(error: Exception, config: SetupConfig, checkpoint: Checkpoint, auto
     why = first_line(error)
     if checkpoint.gguf_file:
         return f"{name} cannot be loaded as {auto_model}: {why}"
+    quantized = unread_weights.unloadable_codes(checkpoint) if isinstance(error, RuntimeError) else None
+    if quantized:
+        return f"{name}: {quantized}"
     fault = head_weights.configuration_fault(config, checkpoint.folder)
     if fault:
         return f"{name}: its config.json cannot be loaded: {fault}"
