@@ -159,7 +159,7 @@ def pair_of_which_one_is_killed(place: Place, seconds: float, folder: Path) -> S
     return [
         Aim("killed", "-9", str(killed.returncode), killed.returncode == -9),
         none_of("failed, or something broken", len(problems), 1),
-        Aim("left under a name", "the two results and the report", ", ".join(public), len(public) == 3),
+        Aim("left under a name", "the two results and their reports", ", ".join(public), len(public) == 4),
     ]
 
 
