@@ -9,6 +9,7 @@ import json
 import re
 import subprocess
 import sys
+import tempfile
 import time
 import urllib.request
 from collections import Counter
@@ -115,9 +116,11 @@ def test_the_router_passes_on_in_pieces_what_it_cannot_search() -> None:
 def test_the_environment_of_a_cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RAY_ADDRESS", "of another cluster")
     monkeypatch.setenv("PYTHONUTF8", "0")
-    (tmp_path / "run").mkdir()
-    plan = ServerPlan({}, "127.0.0.1", 7000, FrontendOptions(), 60.0, print, RAY, folder=tmp_path)
+    folder = Path(tempfile.mkdtemp(dir=tmp_path))  # its sockets are in /tmp by the name
+    (folder / "run").mkdir()
+    plan = ServerPlan({}, "127.0.0.1", 7000, FrontendOptions(), 60.0, print, RAY, folder=folder)
     found = ray_cluster._variables(plan, dict.fromkeys(ray_cluster._PORTS, 1), None)
+    instances.sockets_folder(folder).rmdir()
     assert found["RAY_worker_niceness"] == "0" and found["PYTHONUTF8"] == "1" and "RAY_ADDRESS" not in found
     assert float(found["RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S"]) > 5
 
