@@ -1989,7 +1989,10 @@ def test_connections_idle_for_longer_than_proxies_reuse_them(monkeypatch: pytest
 
 
 def test_an_archive_answers_with_its_own_code(packed: Path, classifier: Service) -> None:
-    own = {**{name: each for name, each in os.environ.items() if name not in libraries.DEFAULTS}, "GOMP_SPINCOUNT": "3"}
+    own = {
+        **{name: each for name, each in os.environ.items() if name not in libraries.settings()},
+        "GOMP_SPINCOUNT": "3",
+    }
     result = subprocess.run([sys.executable, "-c", SERVED, str(packed)], capture_output=True, text=True, env=own)
     assert result.returncode == 0, result.stderr
     file, serving, served, answer, spins = json.loads(result.stdout.splitlines()[-1])
@@ -2030,6 +2033,21 @@ def test_the_same_runtime_may_lie_elsewhere(packed: Path, elsewhere: Path, class
     assert native(loaded.service, {"text": TEXT}) == native(classifier, {"text": TEXT})
 
 
+@pytest.mark.parametrize(
+    ("flags", "shapes"), [("avx512_bf16 amx_bf16 amx_tile", "256"), ("avx512_bf16", "64"), (None, "64")]
+)
+def test_shapes_that_onednn_keeps_are_more_where_they_take_longer_to_prepare(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, flags: Optional[str], shapes: str
+) -> None:
+    monkeypatch.setattr(libraries, "CPUINFO", tmp_path / "cpuinfo")
+    if flags is not None:
+        (tmp_path / "cpuinfo").write_text(f"processor\t: 0\nflags\t\t: fpu {flags}\n")
+    monkeypatch.delenv(libraries.SHAPES, raising=False)
+    assert libraries.settings()[libraries.SHAPES] == shapes
+    monkeypatch.setenv(libraries.SHAPES, "7")
+    assert libraries.settings()[libraries.SHAPES] == "7"
+
+
 SHARED = """
 import gc, json, os, sys
 from traceserve_hosts import libraries
@@ -2049,7 +2067,10 @@ print(json.dumps([while_loading, left, gc.get_freeze_count() > 0]))
 def test_a_process_of_others_stays_as_it_was(
     packed: Path, process: str, left: List[Optional[str]], frozen: bool
 ) -> None:
-    own = {**{name: each for name, each in os.environ.items() if name not in libraries.DEFAULTS}, "GOMP_SPINCOUNT": "3"}
+    own = {
+        **{name: each for name, each in os.environ.items() if name not in libraries.settings()},
+        "GOMP_SPINCOUNT": "3",
+    }
     command = [sys.executable, "-c", SHARED, str(packed), process]
     result = subprocess.run(command, capture_output=True, text=True, env=own)
     assert result.returncode == 0, result.stderr

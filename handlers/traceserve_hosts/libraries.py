@@ -6,7 +6,8 @@ keeps most of both. (GNU's OpenMP counts spins; others read only the first line.
 
 oneDNN caches code and buffers for each matrix shape, 1,024 of them, and torch's own cache as many again. Rows of any
 length have many shapes: a worker in bfloat16 grew to twice its memory. With 64 it is as fast, since the builder's graph
-rounds token counts up to few sizes. See docs/measurements.md for the figures.
+rounds token counts up to few sizes; but not with AMX, for which a shape takes three times as long to prepare, and a token
+two thirds of the time. See docs/measurements.md for the figures.
 
 ONNX Runtime reports to Microsoft when imported. The runtimes of earlier archives do not turn that off themselves.
 """
@@ -15,20 +16,30 @@ from __future__ import annotations
 
 import contextlib
 import os
+from pathlib import Path
 from typing import Dict, Iterator
 
-DEFAULTS = {
+CPUINFO = Path("/proc/cpuinfo")
+SHAPES = "ONEDNN_PRIMITIVE_CACHE_CAPACITY"
+DEFAULTS = {  # on every processor
     "OMP_WAIT_POLICY": "PASSIVE",
     "GOMP_SPINCOUNT": "2000",
-    "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "64",
     "LRU_CACHE_CAPACITY": "16",
     "ORT_DISABLE_TELEMETRY": "1",
 }
 
 
 def settings() -> Dict[str, str]:
-    """Return the variables for a process, except those that the user has set."""
-    return {variable: os.environ.get(variable, value) for variable, value in DEFAULTS.items()}
+    """Return the variables for a process on this processor, as the user has set them or else by default."""
+    defaults = {**DEFAULTS, SHAPES: "256" if _has_amx() else "64"}
+    return {variable: os.environ.get(variable, value) for variable, value in defaults.items()}
+
+
+def _has_amx() -> bool:
+    # An archive's own traceserve_runtime, which knows the processor, is not imported before these variables are set.
+    with contextlib.suppress(OSError):
+        return "amx_bf16" in CPUINFO.read_text()
+    return False
 
 
 def set_defaults() -> None:
@@ -39,7 +50,7 @@ def set_defaults() -> None:
 @contextlib.contextmanager
 def defaults_while_loading() -> Iterator[None]:
     """Set them while a model is loaded into a process that also does other work: its children should not inherit them."""
-    missing = [variable for variable in DEFAULTS if variable not in os.environ]
+    missing = [variable for variable in settings() if variable not in os.environ]
     set_defaults()
     try:
         yield

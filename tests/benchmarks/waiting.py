@@ -21,16 +21,18 @@ from pathlib import Path
 from typing import Any, Dict, List
 
 import tables
-from traceserve_hosts.libraries import DEFAULTS
+from traceserve_hosts.libraries import SHAPES, settings
 
+OURS = settings()
 SETTINGS: Dict[str, Dict[str, str]] = {
-    "ours": DEFAULTS,
-    "threads sleep at once": {**DEFAULTS, "GOMP_SPINCOUNT": "0"},
-    "they spin 1,000 times": {**DEFAULTS, "GOMP_SPINCOUNT": "1000"},
-    "they spin 10,000 times": {**DEFAULTS, "GOMP_SPINCOUNT": "10000"},
-    "oneDNN keeps 16 shapes": {**DEFAULTS, "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "16"},
-    "oneDNN keeps 256 shapes": {**DEFAULTS, "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "256"},
-    "oneDNN's own caches": {key: value for key, value in DEFAULTS.items() if key.startswith(("OMP", "GOMP"))},
+    "ours": OURS,
+    "threads sleep at once": {**OURS, "GOMP_SPINCOUNT": "0"},
+    "they spin 1,000 times": {**OURS, "GOMP_SPINCOUNT": "1000"},
+    "they spin 10,000 times": {**OURS, "GOMP_SPINCOUNT": "10000"},
+    "oneDNN keeps 16 shapes": {**OURS, SHAPES: "16"},
+    "oneDNN keeps 64 shapes": {**OURS, SHAPES: "64"},
+    "oneDNN keeps 256 shapes": {**OURS, SHAPES: "256"},
+    "oneDNN's own caches": {key: value for key, value in OURS.items() if key.startswith(("OMP", "GOMP"))},
     "nothing set": {},
 }
 AT_ONCE = (1, 16, 64)
@@ -74,7 +76,7 @@ def main() -> None:
         print(json.dumps(ask(options.artifact, texts, options.seconds)))
         return
     found: Dict[str, Dict[str, List[Dict[str, Any]]]] = {}
-    clean = {key: value for key, value in os.environ.items() if key not in DEFAULTS}
+    clean = {key: value for key, value in os.environ.items() if key not in OURS}
     command = [sys.executable, __file__, "--alone", "--artifact", str(options.artifact), "--texts", str(options.texts)]
     command += ["--seconds", str(options.seconds)]
     for beside in ("alone", "beside a busy loop"):
