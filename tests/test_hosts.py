@@ -2034,7 +2034,7 @@ def test_the_same_runtime_may_lie_elsewhere(packed: Path, elsewhere: Path, class
 
 
 @pytest.mark.parametrize(
-    ("flags", "shapes"), [("avx512_bf16 amx_bf16 amx_tile", "256"), ("avx512_bf16", "64"), (None, "64")]
+    ("flags", "shapes"), [("avx512_bf16 amx_bf16 amx_tile", "512"), ("avx512_bf16", "64"), (None, "64")]
 )
 def test_shapes_that_onednn_keeps_are_more_where_they_take_longer_to_prepare(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, flags: Optional[str], shapes: str
