@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Callable, Dict
+from typing import Any, Callable, Dict, List
 
 import pytest
 import torch
@@ -90,9 +90,57 @@ def test_equal_bit_for_bit_without_copies(repeat: Callable[[torch.Tensor], torch
     assert str(module.graph).count(COPY) == 2
     assert grouped_queries.group(module) == 1
     assert COPY not in str(module.graph)
-    for sizes in ((2, 3, 5), (1, 1, 9), (16, 1, 40), (3, 7, 7)):
+    for sizes in ((2, 3, 5), (1, 2, 9), (16, 4, 40), (3, 7, 7)):
         given = inputs(*sizes)
         assert torch.equal(module(*given), own(*given))
+
+
+class Unmasked(torch.nn.Module):
+    def forward(self, queries: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+        return scaled_dot_product_attention(queries, repeated(rows), repeated(rows * 2))
+
+
+class Causal(torch.nn.Module):
+    def forward(self, queries: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+        return scaled_dot_product_attention(queries, repeated(rows), repeated(rows * 2), is_causal=True)
+
+
+def query_shapes(module: Any, given: Any) -> List[List[int]]:
+    """Return the shapes of the queries that attention gets."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], record_shapes=True) as profiled:
+        module(*given)
+    return [event.input_shapes[0] for event in profiled.events() if event.name == ATTENTION]
+
+
+@pytest.mark.parametrize("masked", [True, False])
+def test_single_positions_of_a_group_are_positions_of_one_query(masked: bool, tmp_path: Path) -> None:
+    own = Attention(repeated, repeated) if masked else Unmasked()
+    example = inputs(2, 3, 5)
+    module = traced(own, example if masked else example[:2], tmp_path)
+    assert grouped_queries.group(module) == 1
+    for batch, length in ((1, 9), (16, 40), (3, 1)):
+        given = inputs(batch, 1, length) if masked else inputs(batch, 1, length)[:2]
+        torch.testing.assert_close(module(*given), own(*given))
+        assert query_shapes(module, given) == [[batch, HEADS, GROUPS, 8]]
+    given = inputs(2, 4, 5) if masked else inputs(2, 4, 5)[:2]
+    assert query_shapes(module, given) == [[2, HEADS * GROUPS, 4, 8]]
+
+
+def test_queries_with_masks_of_their_own_stay_apart(tmp_path: Path) -> None:
+    own = Attention(repeated, repeated)
+    module = traced(own, inputs(2, 3, 5), tmp_path)
+    assert grouped_queries.group(module) == 1
+    queries, rows, _ = inputs(4, 1, 6)
+    for shape in ((4, HEADS * GROUPS, 1, 6), (1, HEADS * GROUPS, 1, 6), (HEADS * GROUPS, 1, 6)):
+        given = queries, rows, torch.randn(shape)
+        assert torch.equal(module(*given), own(*given))
+
+
+def test_causal_queries_stay_apart(tmp_path: Path) -> None:
+    module = traced(Causal(), inputs(2, 3, 5)[:2], tmp_path)
+    assert grouped_queries.group(module) == 1
+    given = inputs(4, 1, 6)[:2]
+    assert torch.equal(module(*given), Causal()(*given))
 
 
 @pytest.mark.parametrize(
@@ -141,7 +189,7 @@ def test_whoever_else_reads_the_copies_still_has_them(tmp_path: Path) -> None:
     module = traced(TwoReaders(), inputs(2, 3, 5), tmp_path)
     assert grouped_queries.group(module) == 1
     assert str(module.graph).count(COPY) == 1
-    given = inputs(4, 1, 6)
+    given = inputs(4, 2, 6)
     assert torch.equal(module(*given), TwoReaders()(*given))
 
 

@@ -1,9 +1,11 @@
-"""A step of text generation in process, as traced, without its copies, and with weights in float16, in turn.
+"""A step of text generation in process, as traced, without its copies, with groups of queries as one, and with weights in
+float16, in turn.
 
     python tests/benchmarks/steps.py [--model FOLDER | --layers N] [--dtype float32] [--rows 1,16] [--past 150,400]
 
 The traced step copies all keys and values of earlier tokens to put a token's behind them, and repeats them where queries share
-some; a worker's does neither. It also keeps float32 weights in float16 where they are the same there. All read a prompt of
+some; a worker's does neither, and lets attention take such queries together. It also keeps float32 weights in float16 where they
+are the same there. All read a prompt of
 `--past` random tokens in each row, and then step. Without --model it is a Llama with random weights, as wide and deep as
 SmolLM2. Medians of all steps, and of the rounds' ratios to the way before.
 """
@@ -26,9 +28,10 @@ import tables
 import text_models
 from traceserve_runtime import processor
 from traceserve_runtime.engine import Engine
+from traceserve_runtime.runtimes.graph import insert_constant
 from traceserve_runtime.runtimes.torchscript import grouped_queries, growing, packing
 
-WAYS = ("as traced", "without copies", "in float16")
+WAYS = ("as traced", "without copies", "in groups", "in float16")
 STEPS = 10  # of each, before it is the other's turn
 
 
@@ -71,9 +74,10 @@ def built(options: argparse.Namespace, folder: Path) -> Path:
 def loaded(artifact: Path) -> Dict[str, Any]:
     copying = mock.patch.object(growing, "write_behind", return_value=None)
     repeating = mock.patch.object(grouped_queries, "group", return_value=0)
+    apart = mock.patch.object(grouped_queries, "_others", lambda graph, *_, before: insert_constant(graph, 0, before))
     whole = mock.patch.object(packing, "is_half", return_value=False)
     runners = []
-    for changed in ((copying, repeating, whole), (whole,), ()):
+    for changed in ((copying, repeating, whole), (apart, whole), (whole,), ()):
         with contextlib.ExitStack() as stack:
             for each in changed:
                 stack.enter_context(each)
