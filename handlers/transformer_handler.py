@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from traceserve_runtime.mirror import Mirror
     from traceserve_runtime.protocols.bodies import Headers
     from traceserve_runtime.rounds import Rounds
-    from traceserve_runtime.service import Reply, Service
+    from traceserve_runtime.service import Call, Reply, Service
     from traceserve_runtime.worker_context import JoiningContext, WorkerContext
 
 logger = logging.getLogger(__name__)
@@ -34,7 +34,6 @@ logger = logging.getLogger(__name__)
 # which is indistinguishable: so each is a single, last piece.
 _LAST_PIECE = "ts_stream_next"
 _HTTP_HEADERS = {"host", "content-length", "content-type", "url_path", "explain"}
-_WITHOUT_SEQUENCES = "StreamPredictions2 needs TorchServe's sequence batching"
 _OK = 200
 _OF_REQUESTS = ("traceserve_runtime.service", "traceserve_runtime.rounds")  # what only `handle` uses
 _CODEC = "ts.protocol.otf_message_handler"  # of TorchServe's worker, which has imported it
@@ -83,13 +82,12 @@ class TransformerHandler:
     def handle(self, rows: Optional[Sequence[Mapping[str, object]]], context: WorkerContext) -> List[bytes]:
         """Return one response body per item; its status and headers are set in `context`."""
         from traceserve_runtime.batching.batches import Stats
-        from traceserve_runtime.service import Call
 
         if (getattr(context, "model_yaml_config", None) or {}).get("continuousBatching"):
             return self._go_on(rows or [], cast("JoiningContext", context))
         started = time.perf_counter()
         stats = Stats()
-        calls = [Call(row, _headers(context, i)) for i, row in enumerate(rows or [])]
+        calls = [_call(context, row, i) for i, row in enumerate(rows or [])]
         replies = self._service(context).answer(calls, stats, partial(_send_piece, context))
         for i, (call, reply) in enumerate(zip(calls, replies)):
             _set_response(context, i, call.headers, reply)
@@ -97,7 +95,7 @@ class TransformerHandler:
         self._report(stats, stats.counters(len(replies), seconds) if stats.micro_batches else {}, seconds, context)
         if self._reader is not None:
             self._reader.answered()
-        for i in [i for i, call in enumerate(calls) if call.headers.refused]:
+        for i in [i for i, call in enumerate(calls) if call.ended]:
             context.request_ids.pop(i, None)  # TorchServe then silently drops the request
         return [reply.body for reply in replies]
 
@@ -107,13 +105,12 @@ class TransformerHandler:
         An item without its id in `request_ids` gets nothing, and is passed again. (Seen with TorchServe 0.12.)
         """
         from traceserve_runtime.rounds import Rounds
-        from traceserve_runtime.service import Call
 
         started = time.perf_counter()
         if self._rounds is None:
             self._rounds = Rounds(self._service(context))
         ids = [context.get_request_id(i) for i in range(len(rows))]
-        parts = self._rounds.go_on(ids, lambda i: Call(rows[i], _headers(context, i)))
+        parts = self._rounds.go_on(ids, lambda i: _call(context, rows[i], i))
         seconds = time.perf_counter() - started
         answered = any(part is not None and part.last is not False for part in parts)
         stats, counters = self._rounds.counted(len(rows), seconds, answered)
@@ -186,30 +183,40 @@ def _device(context: WorkerContext, folder: Path) -> str:
     return f"cuda:{number}" if number >= 0 and Manifest.read(folder, verify=False).on_gpu else "cpu"
 
 
+def _call(context: WorkerContext, item: Mapping[str, object], index: int) -> Call:
+    """Return an item as a call.
+
+    A call of StreamPredictions2 has a sequence id; if TorchServe keeps no sequences it fails such a call immediately, but
+    still passes the request on, and an answer would crash it (GRPCJob, InferenceImpl of 0.12).
+    """
+    from traceserve_runtime.service import Call
+
+    headers = _headers(context, index)
+    sequences = (getattr(context, "model_yaml_config", None) or {}).get("sequenceBatching")
+    sequence_id = getattr(context, "header_key_sequence_id", "ts_request_sequence_id")
+    told = context.get_all_request_header(index) or {}
+    ended = headers.grpc and not sequences and isinstance(told.get(sequence_id), str)
+    return Call(item, headers, ended)
+
+
 def _headers(context: WorkerContext, index: int) -> Headers:
     """Return the facts that TorchServe passes beside a body: the headers, and a record of each part under the part's
     name.
 
-    Over gRPC there are no headers. Over HTTP there always are: netty sets a length if the client sent none. A call of
-    StreamPredictions2 has a sequence id; if TorchServe keeps no sequences it fails such a call immediately, but
-    still passes the request on (GRPCJob, InferenceImpl of 0.12).
+    Over gRPC there are no headers. Over HTTP there always are: netty sets a length if the client sent none.
     """
     from traceserve_runtime.protocols.bodies import Headers, length_in
 
     told = context.get_all_request_header(index) or {}
     sent = {name.lower(): value for name, value in told.items() if isinstance(value, str)}
     parts = {name: record.get("content-type") or "" for name, record in told.items() if isinstance(record, dict)}
-    grpc = not _HTTP_HEADERS & set(sent)
-    sequences = (getattr(context, "model_yaml_config", None) or {}).get("sequenceBatching")
-    sequence_id = getattr(context, "header_key_sequence_id", "ts_request_sequence_id")
     return Headers(
         sent.get("content-type", ""),
         length_in(sent.get("content-length", "")),
         sent.get("content-encoding", ""),
         parts,
-        grpc,
+        not _HTTP_HEADERS & set(sent),
         explain=told.get("explain") == "True",  # TorchServe's own has this spelling
-        refused=_WITHOUT_SEQUENCES if grpc and not sequences and isinstance(told.get(sequence_id), str) else "",
         path=sent.get("url_path", ""),
         client=sent.get("user-agent", ""),
         binary=length_in(sent.get("inference-header-content-length", ""), sys.maxsize),

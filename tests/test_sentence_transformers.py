@@ -306,6 +306,29 @@ def test_refused_by_name(file: str, content: Any, words: str, checkpoint: Make, 
         sources.fetch_checkpoint(config, tmp_path)
 
 
+def test_of_two_copies_of_a_modules_weights_one_is_read_and_recorded(checkpoint: Make, tmp_path: Path) -> None:
+    source = encoder(checkpoint("bert", "AutoModel"), tmp_path / "mine", [*STANDARD, dense(32, 8)])
+    (source / "2_Dense" / "pytorch_model.bin").write_bytes(b"another")
+    config, _ = parse_config({"model_name": str(source), "task": "feature_extraction"})
+    files = sources.fetch_checkpoint(config, tmp_path).source(config).files
+    assert {name for name in files if name.startswith("2_Dense")} == {
+        "2_Dense/config.json",
+        "2_Dense/model.safetensors",
+    }
+
+
+@pytest.mark.parametrize("missing", [False, True])
+def test_a_modules_weights_that_are_not_whole_are_refused(missing: bool, checkpoint: Make, tmp_path: Path) -> None:
+    source = encoder(checkpoint("bert", "AutoModel"), tmp_path / "mine", [*STANDARD, dense(32, 8)])
+    weights = source / "2_Dense" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-9])
+    if missing:
+        shutil.rmtree(weights.parent)
+    config, _ = parse_config({"model_name": str(source), "task": "feature_extraction"})
+    with pytest.raises(SourceError, match="has no weights" if missing else "2_Dense: model.safetensors is not whole"):
+        sources.fetch_checkpoint(config, tmp_path)
+
+
 @pytest.mark.parametrize(
     "file, content, words",
     [

@@ -233,6 +233,35 @@ def test_an_output_that_tells_no_texts_apart_is_caught(
     assert "logits does not tell texts apart as the original does" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("problem_type", ["regression", "multi_label_classification"])
+def test_one_values_loss_does_not_hide_behind_anothers_variance(
+    problem_type: str, checkpoint: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = {"problem_type": problem_type, "num_labels": 3}
+    folder = Path(shutil.copytree(checkpoint("bert", **options), tmp_path / "model"))
+    model = transformers.AutoModelForSequenceClassification.from_pretrained(folder)
+    with torch.no_grad():
+        model.classifier.weight[0] *= 100
+        model.classifier.weight[2] = 0  # the same for all texts
+        model.classifier.bias[:] = torch.tensor([5000.0, 500, -7])
+    model.save_pretrained(folder)
+    content = {"model_name": str(folder), **CLASSIFIER, "max_length": 32, "sequence_lengths": "fixed"}
+    content["dtype"] = "float16"
+    run_export(tmp_path / "right", content)
+    for row in Manifest.read(tmp_path / "right").receipt["variants"]:
+        assert 0 < row["unexplained_variance"]["logits"] < 0.2
+
+    def forget(model: Any) -> None:
+        model.classifier.weight[1] = 0
+
+    monkeypatch.setitem(WRITERS, "torchscript", changed_for_the_writer(forget))
+    with pytest.raises(DriftError) as error:
+        run_export(tmp_path / "x", content)
+    findings = error.value.findings
+    assert not findings.failed and not findings.too_many_changed
+    assert findings.indistinct == {"logits": pytest.approx(1, abs=0.01)}
+
+
 def test_an_embedding_that_tells_no_texts_apart_is_caught(
     checkpoint: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -285,6 +314,11 @@ def test_the_variance_that_is_lost() -> None:
     assert unexplained_variance(list(zip(shifted, expected))) == pytest.approx(0, abs=1e-6)
     assert unexplained_variance([(expected[1], each) for each in expected]) == pytest.approx(1)
     assert unexplained_variance([(shifted[0], expected[0])] * 3) == 0  # nothing varies
+    wide = [np.array([1000 * value, value, 1.0]) for value in (-1.0, 0.0, 1.0)]
+    narrowed = [np.array([each[0], 0, each[2]]) for each in wide]
+    assert unexplained_variance(list(zip(narrowed, wide))) < 1e-5
+    assert unexplained_variance(list(zip(narrowed, wide)), by_column=True) == pytest.approx(1)
+    assert unexplained_variance(list(zip(wide, wide)), by_column=True) == 0  # also where a column is constant
     assert unexplained_variance([(each[:1], each) for each in expected]) == math.inf
     for name, share, alike in (("logits", 0.4, True), ("vector", 0.03, False), ("vector", 0.015, True)):
         assert Findings(LIMITS["bfloat16"], answers=1, unexplained={name: share}).passed is alike

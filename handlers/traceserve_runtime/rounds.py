@@ -92,7 +92,7 @@ class Rounds:
             if rest:
                 time.sleep(min(rest, _REST))
                 break
-        if all(known.call.headers.refused for known in self._known.values()):
+        if all(known.call.ended for known in self._known.values()):
             time.sleep(_SECONDS)  # a call that the host has ended gets no answer, and is passed again
         parts = [self._known[each].part() for each in ids]
         self._known = {each: known for each, known in self._known.items() if not known.answered}
@@ -106,7 +106,7 @@ class Rounds:
 
     def _join(self, calls: Mapping[str, Call]) -> None:
         self._known.update({each: _Known(call) for each, call in calls.items()})
-        new = {each: self._known[each] for each, call in calls.items() if not call.headers.refused}
+        new = {each: self._known[each] for each, call in calls.items() if not call.ended}
         if new:
             exchanges = self._session.join(
                 [known.call for known in new.values()], [known.send for known in new.values()]

@@ -36,10 +36,14 @@ _ENCODER = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"))
 
 @dataclass(frozen=True)
 class Call:
-    """One request: `parts` holds its "body", or the fields of a form; `headers.path` follows the model's name."""
+    """One request: `parts` holds its "body", or the fields of a form; `headers.path` follows the model's name.
+
+    `ended`: the host has already ended it, so nobody gets the answer.
+    """
 
     parts: Mapping[str, object]
     headers: Headers
+    ended: bool = False
 
 
 @dataclass(frozen=True)
@@ -108,8 +112,8 @@ class Service:
         return failures.contained("it read this request", partial(self._read, call, index, protocol))
 
     def _read(self, call: Call, index: int, protocol: Protocol) -> Union[Body, Document]:
-        if call.headers.refused:
-            raise NotOffered(call.headers.refused)
+        if call.ended:
+            raise NotOffered("the host has ended this call")
         body = protocol.read(call.parts, call.headers, self.served, index)
         if isinstance(body, Body) and not body.streamable and any(map(self.engine.task.streams, body.requests)):
             return _whole(body)

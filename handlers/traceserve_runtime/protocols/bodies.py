@@ -69,7 +69,6 @@ class Headers(NamedTuple):
     parts: Mapping[str, str] = MappingProxyType({})  # the media type of each part that the frontend parsed
     grpc: bool = False
     explain: bool = False  # came through the explanations endpoint
-    refused: str = ""  # why the host has already ended the call; an answer would crash TorchServe
     path: str = ""  # what follows the model's name and version
     client: str = ""  # the client library, by its own account
     binary: Optional[int] = None  # Open Inference: bytes of JSON before the binary tensors

@@ -337,6 +337,11 @@ class Task:
         """Return whether the answer is one vector for the whole text, as this archive makes it by default."""
         return False
 
+    @property
+    def answers_by_column(self) -> bool:
+        """Whether each column of an output is an answer of its own; others give one answer together."""
+        return False
+
     def streams(self, request: Request) -> bool:
         """Return whether this request's answer is streamed."""
         return False

@@ -87,12 +87,22 @@ class SequenceClassification(Task):
         aims = tuple(Aim(i, cells, share) for i, share in enumerate(window_shares(rows)))
         return ExplanationTarget({"label": labels[chosen]}, aims)
 
+    @property
+    def _independent(self) -> bool:
+        """Whether a text may have several labels, or none."""
+        return bool(self.manifest.parameters.get("function_to_apply") == "sigmoid")
+
+    @property
+    def answers_by_column(self) -> bool:
+        """Independent labels, and the values of a regression; labels of which one is the best are weighed together."""
+        return self._independent or bool(self.manifest.facts.get(_REGRESSION))
+
     def same(self, answer: Json, other: Json) -> bool:
         """Require the same best label; for independent labels the same ones above 0.5, and a single one's score within a
         twentieth; for a regression, each value within a hundredth."""
         listed = (json_objects(each if isinstance(each, list) else [each]) for each in (answer, other))
         one, two = ([(str(item["label"]), number(item["score"])) for item in each] for each in listed)
-        independent = self.manifest.parameters.get("function_to_apply") == "sigmoid"
+        independent = self._independent
         single = len(self.manifest.labels) == 1
         if not independent and (single or self.manifest.facts.get(_REGRESSION)):
             return _alike(dict(one), dict(two))

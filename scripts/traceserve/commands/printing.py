@@ -231,8 +231,8 @@ def _print_variant(findings: Findings) -> None:
             print_line(f"and {len(findings.failed) - 20} more of {len(findings.cells)} cells", error=True)
     for output, share in findings.indistinct.items():
         print_line(
-            f"{output} does not tell texts apart as the original does{where}: of its variance over them {share:.0%} is lost, "
-            f"limit {most_unexplained(output):.0%}",
+            f"{output} does not tell texts apart as the original does{where}: {share:.0%} of its variance over them, or of one "
+            f"column's, is lost, limit {most_unexplained(output):.0%}",
             error=True,
         )
     if findings.judged is not None:

@@ -20,7 +20,6 @@ TOKENIZER_FILES = (
 # The files of a checkpoint besides its weights; a hub may hold others for other libraries.
 SMALL_FILES = ["*.json", "*.txt", "*/config.json", "additional_chat_templates/*.jinja", *TOKENIZER_FILES]
 CODE = ["*.py"]
-_OF_MODULES = (weight_files.SAFETENSORS, weight_files.PICKLE)  # weights of sentence-transformers' modules
 
 
 @dataclass(frozen=True)
@@ -64,9 +63,10 @@ class Checkpoint:
         root = self.root or self.folder
         patterns = SMALL_FILES + (CODE if config.trust_remote_code else [])
         patterns = [self.gguf_file] if self.gguf_file else patterns
-        patterns += [f"*/{name}" for name in _OF_MODULES] if (root / "modules.json").is_file() else []
         places = {root, self.folder}
         found = {path for pattern in patterns for place in places for path in place.glob(pattern)}
+        if (root / "modules.json").is_file():  # sentence-transformers' modules have weights of their own
+            places.update(path for path in root.iterdir() if path.is_dir())
         found.update(file for place in places if not self.gguf_file for file in weight_files.files_of(place))
         return Source(
             name=config.model_name,

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Dict, List, Mapping, NamedTuple, Optional, Seq
 
 from traceserve_runtime.tasks.embedding import ACTIVATIONS, POOLINGS, Layer, apply
 
+from traceserve.building.checkpoints import weight_files
 from traceserve.building.checkpoints.checkpoint import Checkpoint
 from traceserve.building.checkpoints.json_files import read_json
 from traceserve.errors import SourceError, some
@@ -313,12 +314,8 @@ def _check_layer(layer: Layer, arrays: Mapping[str, np.ndarray], folder: Path) -
 
 
 def _tensors(folder: Path) -> Dict[str, torch.Tensor]:
-    if (folder / "model.safetensors").is_file():
-        from safetensors.torch import load_file
-
-        return dict(load_file(folder / "model.safetensors"))
-    if (folder / "pytorch_model.bin").is_file():
-        import torch
-
-        return dict(torch.load(folder / "pytorch_model.bin", map_location="cpu", weights_only=True))
-    raise SourceError(f"{folder} has no weights (model.safetensors or pytorch_model.bin)")
+    """Return a module's weights; raises SourceError if there are none, or they are not whole."""
+    if not weight_files.has_weights(folder):
+        raise SourceError(f"{folder} has no weights ({weight_files.SAFETENSORS} or {weight_files.PICKLE})")
+    weight_files.check_weights(folder, folder.name, "copy it, or download it, again")
+    return weight_files.read_weights(folder)

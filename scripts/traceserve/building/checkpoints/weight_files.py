@@ -9,10 +9,13 @@ import os
 import re
 import zipfile
 from pathlib import Path
-from typing import List, Optional
+from typing import TYPE_CHECKING, Dict, List, Optional
 
 from traceserve.building.checkpoints.json_files import read_object
 from traceserve.errors import SourceError, first_line, some, unread_reason
+
+if TYPE_CHECKING:
+    import torch
 
 # A whole model's; several files have an index of this name.
 SAFETENSORS, PICKLE = "model.safetensors", "pytorch_model.bin"
@@ -38,6 +41,18 @@ def are_pickles(folder: Path) -> bool:
     """Return whether there are weights only as pickles."""
     whole = _whole(folder)
     return whole == PICKLE if whole is not None else any(file.suffix == ".bin" for file in files_of(folder))
+
+
+def read_weights(folder: Path) -> Dict[str, torch.Tensor]:
+    """Return the weights by name, from safetensors or from pickles of nothing else."""
+    import torch
+    from safetensors.torch import load_file
+
+    pickles = are_pickles(folder)
+    tensors: Dict[str, torch.Tensor] = {}
+    for file in files_of(folder):
+        tensors.update(torch.load(file, map_location="cpu", weights_only=True) if pickles else load_file(file))
+    return tensors
 
 
 def has_weights(folder: Path) -> bool:
@@ -71,7 +86,7 @@ def _named(index: Path) -> Optional[List[str]]:
 
 
 def _shards(folder: Path) -> List[str]:
-    return sorted(path.name for path in folder.iterdir() if _SHARD.fullmatch(path.name))
+    return sorted(path.name for path in folder.glob("*") if _SHARD.fullmatch(path.name))
 
 
 def check_weights(folder: Path, name: str, again: str) -> None:

@@ -104,7 +104,7 @@ class Findings:
     how: str = ""  # it was run
     device: str = "cpu"
     cells: List[Cell] = field(default_factory=list)
-    unexplained: Dict[str, float] = field(default_factory=dict)  # by output: the share of its variance that is lost
+    unexplained: Dict[str, float] = field(default_factory=dict)  # by output: see `outputs.unexplained_variance`
     in_parts: List[Cell] = field(default_factory=list)  # with prompts that are read so; they decide nothing else
     answers: int = 0
     own_answers: int = 0  # to the user's own samples

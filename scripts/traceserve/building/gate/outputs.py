@@ -92,7 +92,8 @@ def compare_outputs(
                 of_texts[output] += pairs
         if in_parts and cell.length == longest:
             findings.in_parts.append(Cell(*cell, "logits", _difference_in_parts(engine, read, expected)))
-    findings.unexplained = {output: unexplained_variance(results) for output, results in of_texts.items()}
+    by_column = engine.task.answers_by_column
+    findings.unexplained = {output: unexplained_variance(pairs, by_column) for output, pairs in of_texts.items()}
     progress(f"comparing outputs of {findings.variant}", len(cells), len(cells))
 
 
@@ -242,9 +243,10 @@ class GridRows:
         return self._tokenizers[length].encode([segments], ["truncate"])[0]
 
 
-def unexplained_variance(results: Sequence[Tuple[np.ndarray, np.ndarray]]) -> float:
+def unexplained_variance(results: Sequence[Tuple[np.ndarray, np.ndarray]], by_column: bool = False) -> float:
     """Return the variance of an output's differences from the original's over that of the original's, 0 where that is the
-    same for all texts; `results` are an output and the original's, (columns,) each, per text.
+    same for all texts; `results` are an output and the original's, (columns,) each, per text. The variances are summed over the
+    columns; `by_column`, each column has its own, and the largest share is returned.
 
     A small difference says little where the original's own outputs for all texts lie within it, as those of a
     cross-encoder for what does not match: a constant is near them too.
@@ -252,6 +254,13 @@ def unexplained_variance(results: Sequence[Tuple[np.ndarray, np.ndarray]]) -> fl
     if any(got.shape != expected.shape for got, expected in results):
         return math.inf
     got, expected = (np.array(arrays, dtype=np.float64) for arrays in zip(*results))
+    if by_column:
+        return float(np.max(list(map(_share_lost, got.T, expected.T))))  # NaN wins, as it should
+    return _share_lost(got, expected)
+
+
+def _share_lost(got: np.ndarray, expected: np.ndarray) -> float:
+    """Return that share for arrays whose first axis is that of texts."""
     varying = expected - expected.mean(axis=0)
     if np.abs(varying).max() <= _CONSTANT * max(1.0, float(np.abs(expected).max())):
         return 0.0

@@ -132,15 +132,7 @@ def _weights(checkpoint: Checkpoint, version: str) -> Dict[str, object]:
     """
     if release_of(version) >= (4, 41):
         return {"weights_only": True} if checkpoint.pickled else {"use_safetensors": True}
-    import torch
-    from safetensors.torch import load_file
-
-    tensors: Dict[str, object] = {}
-    for file in weight_files.files_of(checkpoint.folder):
-        tensors.update(
-            torch.load(file, map_location="cpu", weights_only=True) if checkpoint.pickled else load_file(file)
-        )
-    return {"state_dict": tensors}
+    return {"state_dict": weight_files.read_weights(checkpoint.folder)}
 
 
 def _untrained(report: Mapping[str, Any], model: PreTrainedModel) -> List[str]:
