@@ -169,7 +169,7 @@ def test_another_configuration_by_version(checkpoint: Make, tmp_path: Path) -> N
 
 
 def test_setfit(checkpoint: Make, tmp_path: Path) -> None:
-    folder = copied(checkpoint, tmp_path / "mine", "bert")
+    folder = copied(checkpoint, tmp_path / "mine", "bert", "AutoModel")
     (folder / "model_head.pkl").write_bytes(b"")
     with pytest.raises(SourceError, match="mine is a SetFit model: its head .* a pickle can run any code") as raised:
         fetch("mine", tmp_path)
@@ -183,8 +183,9 @@ def test_setfit_with_a_folder_for_its_model(checkpoint: Make, tmp_path: Path) ->
     (tmp_path / "mine" / "modules.json").write_text(json.dumps([module]), encoding="utf-8")
     fetch("mine", tmp_path, task="feature_extraction")
     (tmp_path / "mine" / "model_head.pkl").write_bytes(b"")
-    with pytest.raises(SourceError, match="mine is a SetFit model"):
-        fetch("mine", tmp_path, task="feature_extraction")
+    for task in ("feature_extraction", "sequence_classification"):  # which is what SetFit's users want
+        with pytest.raises(SourceError, match="mine is a SetFit model"):
+            fetch("mine", tmp_path, task=task)
 
 
 def test_files_that_are_not_known_are_told(checkpoint: Make, tmp_path: Path) -> None:

@@ -193,15 +193,19 @@ def check_pickles(folder: Path, name: str) -> None:
         check_pickle(path, name)
 
 
-def check_files(checkpoint: Checkpoint, config: SetupConfig) -> Optional[str]:
-    """Return a note on the files; raises SourceError for those that would change answers and cannot be followed."""
-    folder, name = checkpoint.folder, config.model_name
-    if any(((checkpoint.root or folder) / file).is_file() for file in _OF_SETFIT):
+def check_setfit(folder: Path, name: str) -> None:
+    """Raise SourceError for a SetFit model, whose head no task can read."""
+    if any((folder / file).is_file() for file in _OF_SETFIT):
         raise SourceError(
             f"{name} is a SetFit model: its head ({_OF_SETFIT[0]}) is a pickle, of scikit-learn or of torch, which is not "
             "opened here, as a pickle can run any code; to serve the sentence encoder alone, whose vectors the head reads, "
             f"remove {' and '.join(_OF_SETFIT)} from a copy of the folder; for labels fine-tune a classifier of transformers"
         )
+
+
+def check_files(checkpoint: Checkpoint, config: SetupConfig) -> Optional[str]:
+    """Return a note on the files; raises SourceError for those that would change answers and cannot be followed."""
+    folder = checkpoint.folder
     task = TASKS[config.task]
     if task.reads_vectors:
         sentence_transformers.read_modules(checkpoint)
