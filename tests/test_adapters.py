@@ -285,6 +285,34 @@ def test_another_base(other: str, complaint: str, checkpoint: Make, tmp_path: Pa
         original(tmp_path / "mine")
 
 
+def test_several_adapters(checkpoint: Make, tmp_path: Path) -> None:
+    """peft saves each in a folder of its name, the one called default beside them."""
+    base = base_of(checkpoint, tmp_path, "bert", "AutoModelForSequenceClassification", num_labels=3)
+    model = adapt(tmp_path / "mine", base, "AutoModelForSequenceClassification", task_type="SEQ_CLS")
+    for name in ("second", "first"):
+        model.add_adapter(name, peft.LoraConfig(r=4, target_modules=LAYERS, task_type="SEQ_CLS"))
+    model.save_pretrained(tmp_path / "mine")
+    edit(tmp_path / "mine" / "adapter_config.json", base_model_name_or_path="../base")
+    note = fetch(tmp_path / "mine").note
+    assert "other adapters of the folder, which are not merged: first, second" in str(note)
+    model.save_pretrained(tmp_path / "others", selected_adapters=["first", "second"])
+    with pytest.raises(SourceError, match=r'others holds a folder for each of .* \(first, second\).* "others/first"$'):
+        fetch(tmp_path / "others")
+    shutil.copytree(tmp_path / "mine", tmp_path / "run" / "checkpoint-10")
+    with pytest.raises(SourceError, match="run is the output folder of a Trainer"):
+        fetch(tmp_path / "run")
+
+
+def test_a_model_that_was_saved_with_its_adapter_beside_it(checkpoint: Make, tmp_path: Path) -> None:
+    base = base_of(checkpoint, tmp_path, "bert", "AutoModelForSequenceClassification", num_labels=3)
+    model = adapt(tmp_path / "mine", base, "AutoModelForSequenceClassification", task_type="SEQ_CLS", tokenizer=True)
+    for file in ("adapter_config.json", "adapter_model.safetensors"):
+        (tmp_path / "mine" / file).unlink()
+    model.base_model.model.save_pretrained(tmp_path / "mine")
+    with pytest.raises(SourceError, match=r"mine: its weights are .* not merged \(.*merge_and_unload\(\) returns$"):
+        original(tmp_path / "mine")
+
+
 def test_a_base_that_is_not_there(checkpoint: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     base = base_of(checkpoint, tmp_path, "bert", "AutoModel")
     adapt(tmp_path / "mine", base, "AutoModelForSequenceClassification", task_type="SEQ_CLS")

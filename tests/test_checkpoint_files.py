@@ -169,10 +169,23 @@ def test_another_configuration_by_version(checkpoint: Make, tmp_path: Path) -> N
 
 
 def test_setfit(checkpoint: Make, tmp_path: Path) -> None:
-    folder = copied(checkpoint, tmp_path / "mine", "bert")
+    folder = copied(checkpoint, tmp_path / "mine", "bert", "AutoModel")
     (folder / "model_head.pkl").write_bytes(b"")
-    with pytest.raises(SourceError, match="mine is a SetFit model: its head .* a pickle can run any code"):
+    with pytest.raises(SourceError, match="mine is a SetFit model: its head .* a pickle can run any code") as raised:
         fetch("mine", tmp_path)
+    assert "remove model_head.pkl and config_setfit.json from a copy" in raised.value.message
+    assert "differentiable" not in raised.value.message  # which is a pickle too
+
+
+def test_setfit_with_a_folder_for_its_model(checkpoint: Make, tmp_path: Path) -> None:
+    copied(checkpoint, tmp_path / "mine" / "0_Transformer", "bert")
+    module = {"idx": 0, "name": "0", "path": "0_Transformer", "type": "sentence_transformers.models.Transformer"}
+    (tmp_path / "mine" / "modules.json").write_text(json.dumps([module]), encoding="utf-8")
+    fetch("mine", tmp_path, task="feature_extraction")
+    (tmp_path / "mine" / "model_head.pkl").write_bytes(b"")
+    for task in ("feature_extraction", "sequence_classification"):  # which is what SetFit's users want
+        with pytest.raises(SourceError, match="mine is a SetFit model"):
+            fetch("mine", tmp_path, task=task)
 
 
 def test_files_that_are_not_known_are_told(checkpoint: Make, tmp_path: Path) -> None:

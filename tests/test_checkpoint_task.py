@@ -237,6 +237,16 @@ CLASSIFIER_FILES: Dict[str, Tuple[Dict[str, Any], Dict[str, str], Any]] = {
         {"config_sentence_transformers.json": '{"model_type": "CrossEncoder"}', "modules.json": "[]"},
         "text_ranking",
     ),
+    "cross-encoder of several outputs": (
+        {"id2label": {"0": "a", "1": "b", "2": "c"}},
+        {"config_sentence_transformers.json": '{"model_type": "CrossEncoder"}', "modules.json": "[]"},
+        "sequence_classification",
+    ),
+    "cross-encoder of inference": (
+        {"id2label": NLI},
+        {"config_sentence_transformers.json": '{"model_type": "CrossEncoder"}'},
+        ("sequence_classification", "zero_shot_classification"),
+    ),
     "inference": ({"id2label": NLI}, {}, ("sequence_classification", "zero_shot_classification")),
     "inference of two": (
         {"id2label": {"0": "entailment", "1": "not_entailment"}},
@@ -300,6 +310,12 @@ def test_a_sparse_encoder_is_refused_by_name(checkpoints: Checkpoints, tmp_path:
     (folder / "config_sentence_transformers.json").write_text('{"model_type": "SparseEncoder"}', encoding="utf-8")
     assert "x is a SparseEncoder of sentence-transformers" in refusal(folder)
     assert found(folder, task="fill_mask")[0] == "fill_mask"
+
+
+def test_a_cross_encoder_that_writes_is_no_classifier(checkpoints: Checkpoints, tmp_path: Path) -> None:
+    folder = copied(checkpoints("gpt2", "AutoModelForCausalLM"), tmp_path / "x")
+    (folder / "config_sentence_transformers.json").write_text('{"model_type": "CrossEncoder"}', encoding="utf-8")
+    assert found(folder)[0] == "text_ranking"
 
 
 def test_what_the_found_task_forbids_is_refused(checkpoints: Checkpoints) -> None:

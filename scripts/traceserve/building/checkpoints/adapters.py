@@ -123,7 +123,9 @@ def join(stored: Checkpoint, config: SetupConfig, locate: Callable[[SetupConfig,
     made = _configuration(facts, base, folder, config)
     joined = _write(made.content, stored, base, config)
     unread = _unread(folder, joined)
-    notes = (stored.note, f"merged into its base, {base_name}", made.note, unread)
+    others = files.adapters_within(folder)
+    beside = f"other adapters of the folder, which are not merged: {some(others)}" if others else None
+    notes = (stored.note, f"merged into its base, {base_name}", made.note, unread, beside)
     root = stored.root or (folder if (folder / "modules.json").is_file() else None)
     return replace(
         stored,

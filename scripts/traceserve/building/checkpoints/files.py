@@ -66,6 +66,7 @@ HARMLESS = (
         "quant_strategy*",
     )
 )
+_OF_SETFIT = ("model_head.pkl", "config_setfit.json")
 _LFS = b"version https://git-lfs"
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)$")
 # The modules in a pickle of weights; a whole model names its own classes.
@@ -110,6 +111,12 @@ def check_kind(folder: Path, name: str) -> None:
             f"{name} is the output folder of a Trainer, with {some(sorted(path.name for path in saved))}; name one of them, "
             f'as "{name.rstrip("/")}/{newest.name}", the newest{_best(newest)}'
         )
+    adapters = adapters_within(folder)
+    if adapters:
+        raise SourceError(
+            f"{name} holds a folder for each of several adapters ({some(adapters)}), and one is served: name it, as "
+            f'"{name.rstrip("/")}/{adapters[0]}"'
+        )
     snapshots = [path.parent for path in folder.glob("snapshots/*/config.json")]
     if snapshots:
         newest = max(snapshots, key=lambda path: path.stat().st_mtime)
@@ -117,6 +124,12 @@ def check_kind(folder: Path, name: str) -> None:
             f"{name} is a model's folder in the hub's cache; name the snapshot in it, as "
             f'"{name.rstrip("/")}/snapshots/{newest.name}"'
         )
+
+
+def adapters_within(folder: Path) -> List[str]:
+    """Return the folders in which peft saves the adapters of a model that has several; the first may be beside them."""
+    names = sorted(path.parent.name for path in folder.glob("*/adapter_config.json"))
+    return [name for name in names if not _CHECKPOINT.search(name)]
 
 
 def _best(newest: Path) -> str:
@@ -180,15 +193,19 @@ def check_pickles(folder: Path, name: str) -> None:
         check_pickle(path, name)
 
 
+def check_setfit(folder: Path, name: str) -> None:
+    """Raise SourceError for a SetFit model, whose head no task can read."""
+    if any((folder / file).is_file() for file in _OF_SETFIT):
+        raise SourceError(
+            f"{name} is a SetFit model: its head ({_OF_SETFIT[0]}) is a pickle, of scikit-learn or of torch, which is not "
+            "opened here, as a pickle can run any code; to serve the sentence encoder alone, whose vectors the head reads, "
+            f"remove {' and '.join(_OF_SETFIT)} from a copy of the folder; for labels fine-tune a classifier of transformers"
+        )
+
+
 def check_files(checkpoint: Checkpoint, config: SetupConfig) -> Optional[str]:
     """Return a note on the files; raises SourceError for those that would change answers and cannot be followed."""
-    folder, name = checkpoint.folder, config.model_name
-    if (folder / "model_head.pkl").is_file() or (folder / "config_setfit.json").is_file():
-        raise SourceError(
-            f"{name} is a SetFit model: its head (model_head.pkl) is a pickle of scikit-learn, which is not opened here, as "
-            "a pickle can run any code; train it with a differentiable head or fine-tune a classifier, or serve the "
-            "sentence encoder alone from a folder without the head"
-        )
+    folder = checkpoint.folder
     task = TASKS[config.task]
     if task.reads_vectors:
         sentence_transformers.read_modules(checkpoint)

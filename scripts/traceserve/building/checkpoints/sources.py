@@ -165,6 +165,7 @@ def _checked(checkpoint: Checkpoint, config: SetupConfig) -> Checkpoint:
                 f"{config.model_name}: {folder} has no file {checkpoint.gguf_file}; GGUF files in it: {known}{hint}"
             )
         return _with_task(checkpoint, config)
+    files.check_setfit(folder, config.model_name)
     folder = sentence_transformers.folder_of(folder, read_json(folder / "modules.json"))
     if folder != checkpoint.folder:
         checkpoint = replace(checkpoint, folder=folder, root=checkpoint.folder)

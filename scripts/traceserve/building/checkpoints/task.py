@@ -176,12 +176,24 @@ def _sentence_transformer(config: SetupConfig, folder: Path) -> Optional[_Found]
             f"{config.model_name} is a {kind} of sentence-transformers (config_sentence_transformers.json), for which "
             f"there is no task here; name a {' or a '.join(_SENTENCE_TRANSFORMERS)}, or set the task yourself"
         )
-    if kind is not None:
-        return _Found((_SENTENCE_TRANSFORMERS[kind],), f"from config_sentence_transformers.json: {kind}")
+    task = _SENTENCE_TRANSFORMERS.get(str(kind))
+    if task is not None and TASKS[task].scores_pairs and _has_classes(folder):
+        return None  # as of natural language inference
+    if task is not None:
+        return _Found((task,), f"from config_sentence_transformers.json: {kind}")
     modules = read_json(folder / "modules.json")
     if modules is None:
         return None
     return _Found(("feature_extraction",), "from modules.json: sentence-transformers")
+
+
+def _has_classes(folder: Path) -> bool:
+    """Return whether config.json names a classifier of sequences with several outputs."""
+    facts = read_json(folder / "config.json")
+    if not isinstance(facts, dict):
+        return False
+    named = heads.named(facts)
+    return named is not None and heads.SEQUENCE in named.auto_models and len(heads.label_names(facts)) > 1
 
 
 def _classifiers(found: _Found, facts: Mapping[str, object]) -> _Found:

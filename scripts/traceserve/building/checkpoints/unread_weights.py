@@ -23,6 +23,7 @@ _INTEGERS = ("I", "U", "BOOL", "torch.int", "torch.uint", "torch.bool")
 _BELOW_16_BITS = ("F8", "F6", "F4", "torch.float8", "torch.float4")
 # Scales of activations, and of keys and values in a cache, by which a server may round them; weights do not need them.
 _OF_ACTIVATIONS = (".input_scale", ".output_scale", ".q_scale", ".k_scale", ".v_scale")
+_BESIDE_ADAPTER = ".base_layer."  # in peft's names of a layer's own weights
 _LAYER = re.compile(r".*?\.\d+(?=\.)")  # up to the first number
 
 
@@ -46,6 +47,17 @@ def check_quantized(config: SetupConfig, folder: Path, report: Mapping[str, Any]
     codes = [] if method else list(_codes(folder, report.get("unexpected_keys", ()), model))
     if method or codes:
         raise SourceError(f"{config.model_name}: {_quantized(method, codes)}")
+
+
+def check_merged(config: SetupConfig, report: Mapping[str, Any]) -> None:
+    """Raise SourceError for a whole model that was saved while its adapter was beside it, as peft names their weights."""
+    beside = sorted(name for name in report.get("unexpected_keys", ()) if _BESIDE_ADAPTER in name)
+    if beside:
+        raise SourceError(
+            f"{config.model_name}: its weights are those of a base with an adapter of peft beside it, not merged "
+            f"({some(beside)}); save the adapter alone by the save_pretrained of peft's model, or what its merge_and_unload() "
+            "returns"
+        )
 
 
 def unloadable_codes(checkpoint: Checkpoint) -> Optional[str]:

@@ -62,6 +62,7 @@ def load(config: SetupConfig, checkpoint: Checkpoint) -> Tuple[PreTrainedModel, 
         raise SourceError(f"{config.model_name}: {wrapped}")
     if not weights.gguf_file:  # its blocks are unpacked
         unread_weights.check_quantized(config, weights.folder, report, model)
+    unread_weights.check_merged(config, report)
     model, missing = adapter_weights.merge_adapter(config.model_name, checkpoint, model, _untrained(report, model))
     if missing and not config.allow_untrained_head:
         raise SourceError(
