@@ -113,8 +113,11 @@ class Attempt:
                 found = result.findings
                 if self.config.hardware in FIXED_SHAPES or not found.shapes_fail:
                     return  # narrower shapes cannot mend what is wrong in all of them
-                wrong_sides |= {padded.padding_side} if found.changed_by_padding else set()
-                by_padding += [found.largest_difference] if found.padding_changes else []
+                if found.changed_by_padding:
+                    wrong_sides.add(padded.padding_side)
+                    by_padding.append(max(cell.difference for cell in found.changed_by_padding))
+                elif found.padding_changes:
+                    by_padding.append(found.largest_difference)
         for shapes in without_padding(self.config) if by_padding else ():
             changes = {PADDING_CHANGES: min(by_padding)}
             yield self._try(lowered, replace(shapes, shortest=lowered.shortest), folder, changes)

@@ -235,8 +235,8 @@ class Findings:
 
     @property
     def largest_difference(self) -> float:
-        """Over the cells of all variants, and what padding changes, relative as in Limit."""
-        cells = [cell.difference for found in self.every for cell in (*found.cells, *found.of_padding)]
+        """Over the cells of all variants, relative as in Limit."""
+        cells = [cell.difference for found in self.every for cell in found.cells]
         return float(np.max(cells, initial=0.0))  # NaN wins, as it should
 
     @property
