@@ -79,6 +79,19 @@ def test_in_another_save_mode_too(save_mode: str, checkpoint: Callable[..., Path
     assert_as_the_pipeline(folder, source)
 
 
+def test_a_lower_precision_does_not_hide_what_padding_changes(checkpoint: Callable[..., Path], tmp_path: Path) -> None:
+    """By a thirtieth here, which is within the limit of bfloat16: a document's score would depend on its neighbours."""
+    source, folder = checkpoint("nystromformer", num_labels=1), tmp_path / "x"
+    content = {"model_name": str(source), "task": "text_ranking", "save_mode": "pretrained", "dtype": "bfloat16"}
+    run_export(folder, {**content, "max_length": 64})
+    manifest = Manifest.read(folder)
+    assert manifest.shapes == NEVER
+    assert 1e-2 < manifest.receipt["padding_changes_outputs_by"] < LIMITS["bfloat16"].difference
+    with pytest.raises(DriftError, match="padding changes the answers of this model") as error:
+        run_export(tmp_path / "y", {**content, "max_length": 64, "sequence_lengths": "fixed"})
+    assert error.value.findings.changed_by_padding and not error.value.findings.failed
+
+
 def test_where_lengths_are_fixed_it_is_refused_with_what_to_do(checkpoint: Callable[..., Path], tmp_path: Path) -> None:
     content = {"model_name": str(checkpoint("fnet", **LABELS)), "max_length": 64, "sequence_lengths": "fixed"}
     with pytest.raises(DriftError, match='with "sequence_lengths": "auto" it is run without any') as error:

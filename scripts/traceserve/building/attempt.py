@@ -5,7 +5,7 @@ from __future__ import annotations
 import tempfile
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Iterable, Iterator, List, Mapping, NamedTuple, Optional, Sequence, Tuple, Union
+from typing import Iterable, Iterator, List, Mapping, NamedTuple, Optional, Sequence, Set, Tuple, Union
 
 from traceserve_runtime.engine import load_task
 from traceserve_runtime.errors import InvalidManifest
@@ -103,14 +103,21 @@ class Attempt:
         """Yield what becomes of a model in shapes, widest first, as long as narrower ones may mend what was wrong; last
         without padding, if padding alone was wrong in some of them."""
         by_padding: List[float] = []
+        wrong_sides: Set[str] = set()  # padding there changes the original itself, whatever the shapes
         for padded, shapes in self._padded_ways(lowered):
+            if padded.padding_side in wrong_sides:
+                continue
             result = self._try(padded, shapes, folder)
             yield result
             if isinstance(result, Drifted):
                 found = result.findings
-                if self.config.hardware in FIXED_SHAPES or not (found.failure or found.failed):
+                if self.config.hardware in FIXED_SHAPES or not found.shapes_fail:
                     return  # narrower shapes cannot mend what is wrong in all of them
-                by_padding += [found.largest_difference] if found.padding_changes else []
+                if found.changed_by_padding:
+                    wrong_sides.add(padded.padding_side)
+                    by_padding.append(max(cell.difference for cell in found.changed_by_padding))
+                elif found.padding_changes:
+                    by_padding.append(found.largest_difference)
         for shapes in without_padding(self.config) if by_padding else ():
             changes = {PADDING_CHANGES: min(by_padding)}
             yield self._try(lowered, replace(shapes, shortest=lowered.shortest), folder, changes)

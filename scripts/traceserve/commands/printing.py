@@ -209,7 +209,7 @@ def print_findings(findings: Findings) -> None:
 def _print_variant(findings: Findings) -> None:
     from rich.table import Table
 
-    from traceserve.building.gate.findings import most_unexplained
+    from traceserve.building.gate.findings import LIMITS, most_unexplained
 
     where = f" ({findings.variant}, on {findings.device})" if findings.variant else ""
     if findings.failure:
@@ -229,6 +229,12 @@ def _print_variant(findings: Findings) -> None:
         console(error=True).print(table)
         if len(findings.failed) > 20:
             print_line(f"and {len(findings.failed) - 20} more of {len(findings.cells)} cells", error=True)
+    if findings.changed_by_padding:
+        most = max(cell.difference for cell in findings.changed_by_padding)
+        print_line(
+            f"padding changes the original's own outputs by {most:.2e}, limit {LIMITS['float32'].difference}",
+            error=True,
+        )
     for output, share in findings.indistinct.items():
         print_line(
             f"{output} does not tell texts apart as the original does{where}: {share:.0%} of its variance over them, or of one "

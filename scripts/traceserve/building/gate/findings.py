@@ -105,6 +105,7 @@ class Findings:
     device: str = "cpu"
     cells: List[Cell] = field(default_factory=list)
     unexplained: Dict[str, float] = field(default_factory=dict)  # by output: see `outputs.unexplained_variance`
+    of_padding: List[Cell] = field(default_factory=list)  # in the original itself; only in a lower precision
     in_parts: List[Cell] = field(default_factory=list)  # with prompts that are read so; they decide nothing else
     answers: int = 0
     own_answers: int = 0  # to the user's own samples
@@ -137,6 +138,12 @@ class Findings:
         return _over(self.cells, self.limit)
 
     @property
+    def changed_by_padding(self) -> List[Cell]:
+        """The cells where padding changes the original's own outputs, by float32's limit: a lower precision's would hide that
+        answers depend on their neighbours."""
+        return _over(self.of_padding, LIMITS["float32"])
+
+    @property
     def prompts_in_parts(self) -> bool:
         """Whether prompts may be read in parts, in every variant."""
         cells = [cell for found in self.every for cell in found.in_parts]
@@ -150,7 +157,7 @@ class Findings:
     @property
     def alike(self) -> bool:
         """Whether this variant does."""
-        wrong = self.failure or self.failed or self.tokenized_otherwise or self.astray
+        wrong = self.shapes_fail or self.tokenized_otherwise or self.astray
         return not (wrong or self.too_many_changed or self.drifts or self.indistinct)
 
     @property
@@ -159,9 +166,14 @@ class Findings:
         return {found.file for found in self.every if not found.alike}
 
     @property
+    def shapes_fail(self) -> bool:
+        """Whether some shapes are wrong, so that narrower ones may be right."""
+        return bool(self.failure or self.failed or self.changed_by_padding)
+
+    @property
     def padding_changes(self) -> bool:
         """Whether only padded rows are wrong."""
-        return not self.failure and bool(self.failed) and all(cell.padded for cell in self.failed)
+        return self.shapes_fail and not self.failure and all(cell.padded for cell in self.failed)
 
     @property
     def outputs_differ(self) -> bool:

@@ -25,7 +25,7 @@ from traceserve.building.checkpoints.original import Original
 from traceserve.building.config.loops import LOOPS
 from traceserve.building.gate.findings import Cell, Findings
 from traceserve.building.gate.loops import forced_tokens
-from traceserve.building.gate.reference import FORCED_STEPS, Reference, Wanted, run_forced, run_original
+from traceserve.building.gate.reference import FORCED_STEPS, Reference, Wanted, run_forced, run_original, run_padded
 from traceserve.building.gate.texts import TEXTS
 from traceserve.building.progress import Progress
 from traceserve.errors import UnaskableError
@@ -85,6 +85,8 @@ def compare_outputs(
         expected = [_expected(engine, reference, row, key) for row, key in zip(read, keys)]
         _check_numbers(expected)
         got = _read_rows(engine, read, replace(manifest, shapes=_shapes_of(manifest, cell, most)))
+        if cell.padded and findings.limit.changed and not engine.task.loop:
+            findings.of_padding += _of_padding(engine, reference, read, expected, cell, most)
         for output in manifest.outputs:
             pairs = [(one[output], other[output]) for one, other in zip(got, expected)]
             findings.cells.append(Cell(*cell, output, float(np.max([_difference(*pair) for pair in pairs]))))
@@ -95,6 +97,27 @@ def compare_outputs(
     by_column = engine.task.answers_by_column
     findings.unexplained = {output: unexplained_variance(pairs, by_column) for output, pairs in of_texts.items()}
     progress(f"comparing outputs of {findings.variant}", len(cells), len(cells))
+
+
+def _of_padding(
+    engine: Engine, reference: Reference, rows: Sequence[Row], expected: Sequence[Arrays], cell: GridCell, most: int
+) -> List[Cell]:
+    """Return how far the original's own outputs for rows that it reads padded, as the graph does, are from those for each
+    alone; infinite if it cannot read them so."""
+    run_as = replace(engine.manifest, shapes=_shapes_of(engine.manifest, cell, most))
+
+    def differences() -> Arrays:
+        try:
+            got = run_padded(reference.original, rows, run_as, _per_token(engine))
+        except (RuntimeError, ValueError, IndexError):
+            return {output: np.array(math.inf) for output in run_as.outputs}
+        return {
+            output: np.max([_difference(one[output], other[output]) for one, other in zip(got, expected)])
+            for output in run_as.outputs
+        }
+
+    key = "padded", run_as.tokenizer.padding_side, run_as.shapes, cell
+    return [Cell(*cell, output, float(each)) for output, each in reference.outputs(key, differences).items()]
 
 
 def check_original(engine: Engine, reference: Reference, rows: GridRows) -> None:

@@ -9,8 +9,11 @@ from typing import Callable, Dict, Iterable, Iterator, List, NamedTuple, Optiona
 
 import numpy as np
 import torch
+from traceserve_runtime.batching import batches
+from traceserve_runtime.manifest import Manifest
 from traceserve_runtime.runner import Arrays
 from traceserve_runtime.runtimes import stepping
+from traceserve_runtime.runtimes.calling import Single
 from traceserve_runtime.tasks.contract import Request
 from traceserve_runtime.texts.rows import Row
 
@@ -164,6 +167,17 @@ def run_originals(original: Original, rows: Sequence[Row], outputs: Sequence[str
     if own is not None:
         arrays.update({name: arrays[name][:, own] for name in original.per_token})
     return [{name: array[i] for name, array in arrays.items()} for i in range(len(rows))]
+
+
+def run_padded(original: Original, rows: Sequence[Row], run_as: Manifest, per_token: Sequence[str]) -> List[Arrays]:
+    """Return the original's outputs for rows that run together, padded as with this manifest, by the call that is
+    written."""
+    arrays, positions = batches.pad(rows, run_as)
+    call = Single(original.model, run_as.inputs, run_as.outputs)
+    with torch.no_grad():
+        results = call(*(torch.from_numpy(arrays[name]) for name in run_as.inputs))
+    outputs = {name: result.numpy() for name, result in zip(run_as.outputs, results)}
+    return batches.unpad(outputs, positions, per_token)
 
 
 def _lengthened(
