@@ -92,6 +92,15 @@ def test_a_lower_precision_does_not_hide_what_padding_changes(checkpoint: Callab
     assert error.value.findings.changed_by_padding and not error.value.findings.failed
 
 
+def test_where_padding_changes_too_much_for_the_dtype_too_it_is_left_out(
+    checkpoint: Callable[..., Path], tmp_path: Path
+) -> None:
+    source = checkpoint("nystromformer", num_labels=1)
+    content = {"model_name": str(source), "task": "text_ranking", "dtype": "float16", "max_length": 64}
+    run_export(tmp_path / "x", content)
+    assert Manifest.read(tmp_path / "x").shapes == NEVER
+
+
 def test_where_lengths_are_fixed_it_is_refused_with_what_to_do(checkpoint: Callable[..., Path], tmp_path: Path) -> None:
     content = {"model_name": str(checkpoint("fnet", **LABELS)), "max_length": 64, "sequence_lengths": "fixed"}
     with pytest.raises(DriftError, match='with "sequence_lengths": "auto" it is run without any') as error:
