@@ -37,8 +37,9 @@ def settings() -> Dict[str, str]:
 
 def _has_amx() -> bool:
     # An archive's own traceserve_runtime, which knows the processor, is not imported before these variables are set.
-    with contextlib.suppress(OSError):
-        return "amx_bf16" in CPUINFO.read_text()
+    # Only the first core is read: every command does this, and Linux makes each core's part when it is read.
+    with contextlib.suppress(OSError), CPUINFO.open() as lines:
+        return "amx_bf16" in next((line for line in lines if line.startswith("flags")), "")
     return False
 
 
