@@ -211,6 +211,18 @@ def test_lost_token_types_of_pairs_are_caught(sceptic: Path, tmp_path: Path, mon
     assert {cell.output for cell in error.value.findings.failed} == {"logits"}
 
 
+def refused_as_indistinct(
+    content: Dict[str, Any], folder: Path, forget: Callable[[Any], None], monkeypatch: pytest.MonkeyPatch
+) -> Findings:
+    """Return the findings on a model that forgot something, in which nothing but its texts' likeness is wrong."""
+    monkeypatch.setitem(WRITERS, "torchscript", changed_for_the_writer(forget))
+    with pytest.raises(DriftError) as error:
+        run_export(folder / "x", content)
+    findings = error.value.findings
+    assert not findings.failed and not findings.too_many_changed
+    return findings
+
+
 def test_an_output_that_tells_no_texts_apart_is_caught(
     sceptic: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -223,11 +235,7 @@ def test_an_output_that_tells_no_texts_apart_is_caught(
     def forget(model: Any) -> None:
         model.classifier.weight[:] = 0
 
-    monkeypatch.setitem(WRITERS, "torchscript", changed_for_the_writer(forget))
-    with pytest.raises(DriftError) as error:
-        run_export(tmp_path / "x", content)
-    findings = error.value.findings
-    assert not findings.failed and not findings.too_many_changed
+    findings = refused_as_indistinct(content, tmp_path, forget, monkeypatch)
     assert findings.indistinct == {"logits": pytest.approx(1, abs=0.01)}
     printing.print_findings(findings)
     assert "logits does not tell texts apart as the original does" in capsys.readouterr().err
@@ -254,11 +262,7 @@ def test_one_values_loss_does_not_hide_behind_anothers_variance(
     def forget(model: Any) -> None:
         model.classifier.weight[1] = 0
 
-    monkeypatch.setitem(WRITERS, "torchscript", changed_for_the_writer(forget))
-    with pytest.raises(DriftError) as error:
-        run_export(tmp_path / "x", content)
-    findings = error.value.findings
-    assert not findings.failed and not findings.too_many_changed
+    findings = refused_as_indistinct(content, tmp_path, forget, monkeypatch)
     assert findings.indistinct == {"logits": pytest.approx(1, abs=0.01)}
 
 
@@ -285,11 +289,7 @@ def test_an_embedding_that_tells_no_texts_apart_is_caught(
     def forget(model: Any) -> None:
         last_norm(model).weight[:] = 0
 
-    monkeypatch.setitem(WRITERS, "torchscript", changed_for_the_writer(forget))
-    with pytest.raises(DriftError) as error:
-        run_export(tmp_path / "x", content)
-    findings = error.value.findings
-    assert not findings.failed and not findings.too_many_changed
+    findings = refused_as_indistinct(content, tmp_path, forget, monkeypatch)
     assert findings.indistinct == {"vector": pytest.approx(1, abs=0.01)}
     printing.print_findings(findings)
     assert "vector does not tell texts apart as the original does" in capsys.readouterr().err
